@@ -1,0 +1,148 @@
+"""Checkpoints of what is trained: safetensors, whole tensors, independent of the rank count.
+
+    OUTPUT/checkpoints/step-00000200/
+        adapter.safetensors     float32 masters
+        optimizer.safetensors   Adam's moments, `moment/name`
+        state.json              step, data position, skips, tracker run, config, checksums
+
+A checkpoint is written under another name, synced and renamed, so one that has its name is whole;
+its files' checksums are checked when it is read. Frozen weights are not here: they are rebuilt
+from the pretrained sources that the config in `state.json` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything but tensors that a resumed run needs."""
+
+    step: int
+    """Global steps done."""
+    epoch: int
+    epoch_step: int
+    """Position in the data: the next step of `epoch` to train."""
+    plan: str
+    """Digest of what determines the order of the data; a resumed run must have the same."""
+    tracker_run: str
+    config: dict[str, Any]
+    revision: str
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Samples of all epochs so far that were not trained: {epoch, key, reason}."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    state: State
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def save(
+    folder: Path,
+    state: State,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    keep: int,
+) -> Path:
+    """Write one checkpoint under `folder` and drop all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state.step:08d}"
+    partial = folder / f".partial-{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(weights, partial / _ADAPTER)
+    save_file(moments, partial / _OPTIMIZER)
+    checksums = {name: _sha256(partial / name) for name in (_ADAPTER, _OPTIMIZER)}
+    text = json.dumps(asdict(state) | {"checksums": checksums}, indent=1)
+    (partial / _STATE).write_text(text + "\n")
+    for name in (_ADAPTER, _OPTIMIZER, _STATE, ""):
+        _sync(partial / name)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    _sync(folder)
+    for old in _paths(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, or differs from its checksum.
+    """
+    try:
+        tree = json.loads((path / _STATE).read_text())
+        for name, expected in tree.pop("checksums").items():
+            found = _sha256(path / name)
+            if found != expected:
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} has checksum {found[:12]}, expected {expected[:12]}"
+                )
+        weights, moments = load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
+        return Checkpoint(path, State(**tree), weights, moments)
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from None
+
+
+def newest(folder: Path, warn: Any = print) -> Checkpoint | None:
+    """The newest whole checkpoint under `folder`; damaged ones are named and passed over."""
+    for path in reversed(_paths(folder)):
+        try:
+            return load(path)
+        except CheckpointError as e:
+            warn(f"{e}; trying the one before")
+    return None
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that `path` names: one itself, a run's output folder, or its checkpoints.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / _STATE).exists():
+        return load(path)
+    for folder in (path / "checkpoints", path):
+        found = newest(folder)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"no checkpoint in {path}: expected {_STATE} there, or step-* folders in it"
+    )
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,73 @@
+"""What the entry points share: arguments, and errors as one clear line.
+
+Exit codes: 0 done, 1 a fault of ours (with its trace), 2 a fault the user can mend (one line),
+75 stopped early and resumable: run the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from data.errors import DataError
+from train.checkpoint import CheckpointError
+from train.config import ConfigError
+from train.progress import console
+
+MENDABLE = (ConfigError, CheckpointError, DataError)
+RESUMABLE = 75
+
+
+class Stopped(Exception):
+    """The run was told to stop and has saved its state."""
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every entry point takes, documented by its module."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file under configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="override one setting (the value is YAML); may be repeated",
+    )
+    # The deepspeed launcher adds this one; the environment has the same.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Run `main`; say what a user can mend in one line, on the rank that found it."""
+    quiet_libraries()
+    try:
+        main()
+    except MENDABLE as e:
+        for line in str(e).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        return 2
+    except Stopped as e:
+        console.print(f"stopped: {e}")
+        return RESUMABLE
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return RESUMABLE
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter (a page of it per rank) off the user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|deepspeed")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("DeepSpeed", "mlflow", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,268 @@
+"""DeepSpeed, wrapped: the only file that imports it.
+
+What it is asked to do here: keep the decoder partitioned (ZeRO-3), accumulate and reduce the
+gradients of what is trained in float32, and update float32 masters. What it is kept from doing:
+divide the loss (the caller has divided by the step's label count), schedule, checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from train import config as cfg
+
+if TYPE_CHECKING:
+    from data.collate import Batch
+    from train.model.speech_llm import SpeechLLM
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# What the run's YAML already says; a DeepSpeed file that repeats it could contradict it.
+_INJECTED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "data_types",
+)
+
+
+class World:
+    """This process's place among the ranks, and the few collectives the loop needs."""
+
+    def __init__(self) -> None:
+        _default_environment()
+        if not torch.cuda.is_available():
+            # Shared-memory collectives would be compiled at start-up (40 s), for nothing here.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        deepspeed.init_distributed(verbose=False)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank)
+            self.device = torch.device("cuda", self.local_rank)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all ranks, in float64. A collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (any picklable object of our own making), on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group; without it a gloo rank ends in SIGABRT."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """The process group, left in good order whatever happens inside."""
+    here = World()
+    try:
+        yield here
+    finally:
+        here.close()
+
+
+def policy(train: cfg.Train) -> dict[str, Any]:
+    """DeepSpeed's own file, checked.
+
+    Raises:
+        ConfigError: missing, no JSON, repeats what the YAML says, or asks for another stage.
+    """
+    path = train.engine
+    try:
+        tree = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise cfg.ConfigError(f"train.engine: {path} does not exist") from None
+    except json.JSONDecodeError as e:
+        raise cfg.ConfigError(f"train.engine: {path} is not JSON: {e}") from None
+    repeated = [key for key in _INJECTED if key in tree]
+    if repeated:
+        raise cfg.ConfigError(
+            f"train.engine: {path} sets {', '.join(repeated)}, which the YAML decides; remove it"
+        )
+    if '"auto"' in json.dumps(tree):
+        raise cfg.ConfigError(f'train.engine: {path} holds "auto"; write the value')
+    stage = tree.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise cfg.ConfigError(f"train.engine: {path}: stage must be 3, found {stage}")
+    return tree
+
+
+def ds_config(train: cfg.Train, accumulation: int) -> dict[str, Any]:
+    """The policy with the run's own settings put in."""
+    return policy(train) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }
+
+
+@contextmanager
+def partitioned(train: cfg.Train) -> Iterator[None]:
+    """Models that transformers loads inside are born partitioned over the ranks."""
+    # transformers keeps only a weak reference, so this one must live as long as the loading.
+    keep = HfDeepSpeedConfig(ds_config(train, 1))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep
+
+
+def gathered(params: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Makes partitioned parameters whole inside the context. A collective."""
+    return deepspeed.zero.GatheredParameters(params)
+
+
+class Engine:
+    """One model under ZeRO-3 with AdamW on what is trained."""
+
+    def __init__(self, model: SpeechLLM, train: cfg.Train, here: World, accumulation: int):
+        self.here, self.accumulation = here, accumulation
+        self._params = model.trained()
+        self.num_trained = sum(p.numel() for p in self._params.values())
+        optimizer = torch.optim.AdamW(
+            self._params.values(),
+            lr=train.lr,
+            betas=train.betas,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=list(self._params.values()),
+            config=ds_config(train, accumulation),
+            dist_init_required=False,
+        )
+        self._engine.train()
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of one bin (see `SpeechLLM.forward`)."""
+        return self._engine(batch)
+
+    def backward(self, loss_sum: torch.Tensor, label_count: float, *, last: bool) -> None:
+        """Accumulate the gradient of `loss_sum / label_count`.
+
+        Args:
+            label_count: labels of the whole global step, over all ranks and micro-batches.
+            last: whether this is the step's last micro-batch on this rank.
+        """
+        # DeepSpeed averages over ranks (and would divide by the accumulation): undone here,
+        # so that the update is the gradient of the sum over labels divided by their count.
+        self._engine.backward(loss_sum * (self.here.size / label_count), scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear the gradients; returns the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Float32 masters of what is trained, whole, on the CPU. A collective."""
+        return {n: self._whole(p, safe_get_local_fp32_param(p)) for n, p in self._params.items()}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Adam's moments as `moment/name`, whole, on the CPU. A collective."""
+        return {
+            f"{moment}/{name}": self._whole(p, safe_get_local_optimizer_state(p, moment))
+            for moment in MOMENTS
+            for name, p in self._params.items()
+        }
+
+    def load(
+        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int
+    ) -> None:
+        """Continue from what `weights` and `moments` returned after `step` updates.
+
+        The model itself must already hold `weights` (rounded to its own precision) when the
+        engine is made; here the float32 masters get the bits that rounding dropped.
+        """
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            self._optimizer.optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        for name, p in self._params.items():
+            safe_set_local_fp32_param(p, self._mine(p, weights[name]))
+            for moment in MOMENTS:
+                safe_set_local_optimizer_state(p, self._mine(p, moments[f"{moment}/{name}"]), moment)
+
+    def _whole(self, p: Any, mine: torch.Tensor) -> torch.Tensor:
+        """Join the ranks' equal slices of a flattened parameter; the last one may be padded."""
+        size = p.partition_numel()
+        slices = torch.zeros(self.here.size, size, device=self.here.device)
+        padded = torch.zeros(size, device=self.here.device)
+        padded[: mine.numel()] = mine
+        dist.all_gather_into_tensor(slices, padded)
+        return slices.flatten()[: p.ds_numel].view(p.ds_shape).cpu().clone()
+
+    def _mine(self, p: Any, value: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a whole tensor: the inverse of `_whole`."""
+        size = p.partition_numel()
+        padded = torch.zeros(size * self.here.size)
+        padded[: value.numel()] = value.flatten()
+        return padded[self.here.rank * size :][:size].to(self.here.device)
+
+
+def _default_environment() -> None:
+    """One rank on this machine, where no launcher has said otherwise."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )

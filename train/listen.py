@@ -1,0 +1,45 @@
+"""Answer an instruction about a recording.
+
+    python train/listen.py runs/micro/blsp question.wav --instruction "repeat the sentence"
+
+MODEL is a run's output folder or one of its checkpoints. The recording may be WAV, FLAC, OGG or
+MP3, of any sample rate and channel count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.audio import decode, is_silent
+from train import checkpoint as ckpt
+from train import config as cfg
+from train.cli import guarded
+from train.model.respond import Question, Responder
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="run.output, or a checkpoint in it")
+    parser.add_argument("audio", type=Path, nargs="+", help="recordings")
+    parser.add_argument("--instruction", required=True, help="what to do with what is heard")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    found = ckpt.find(args.model)
+    config = cfg.parse(found.state.config, str(found.path))
+    waves = [decode(path, max_seconds=config.data.max_seconds) for path in args.audio]
+    for path, wave in zip(args.audio, waves, strict=True):
+        if is_silent(wave):
+            print(f"warning: {path} is silent", file=sys.stderr)
+    responder = Responder(config, found.weights, args.device)
+    questions = [Question(args.instruction, slots) for slots in responder.listen(waves)]
+    for answer in responder.answer(questions, max_new_tokens=args.max_new_tokens):
+        print(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

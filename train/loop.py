@@ -1,0 +1,191 @@
+"""Stage 2: train the adapter, step by step, from wherever the last checkpoint left it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from train import checkpoint as ckpt
+from train import config as cfg
+from train.engine import Engine, World
+from train.feed import Feed
+from train.progress import bar, console
+from train.schedule import lr_at
+from train.tracking import Tracker, revision
+
+if TYPE_CHECKING:
+    from data.collate import Batch
+
+SAMPLE_RATE = 16_000
+
+
+class NonFinite(ArithmeticError):
+    """The loss of a step is not a number; the update was not made."""
+
+
+@dataclass
+class Counts:
+    """What one global step held, summed over ranks."""
+
+    loss: float
+    labels: float
+    tokens: float
+    seconds: float
+    documents: float
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def train_step(engine: Engine, here: World, batches: list[Batch], lr: float) -> tuple[Counts, float]:
+    """One global step on this rank's micro-batches; returns what it held and the gradient norm.
+
+    Raises:
+        NonFinite: before the update, naming this rank's samples.
+    """
+    labels = [batch.num_labels * batch.weight for batch in batches]
+    (label_count,) = here.sum(sum(labels))
+    losses = []
+    # An epoch's last step may hold nothing but dummies, if all of its samples were skipped.
+    divisor = max(1.0, label_count)
+    for batch in batches:
+        loss = engine(batch.to(here.device))
+        engine.backward(loss, divisor, last=batch is batches[-1])
+        losses.append(loss.detach())
+    counts = Counts(
+        *here.sum(
+            float(torch.stack(losses).double().sum()),
+            sum(labels),
+            sum(b.source.numel() * b.weight for b in batches),
+            sum(sum(b.samples) * b.weight for b in batches) / SAMPLE_RATE,
+            sum(len(b.keys) for b in batches),
+        )
+    )
+    if not math.isfinite(counts.loss):
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss.item())]
+        keys = [key for b in bad for key in b.keys]
+        raise NonFinite(
+            f"the loss is {counts.loss} before update {batches[0].step} of epoch "
+            f"{batches[0].epoch}; samples on rank {here.rank}: {', '.join(keys) or 'none'}"
+        )
+    mine = [{"key": s.key, "reason": s.reason} for b in batches for s in b.skipped]
+    # Skips are rare; whether there are any is asked with the cheapest of collectives.
+    if here.sum(len(mine))[0]:
+        counts.skipped = [skip for rank in here.gather(mine) for skip in rank]
+    return counts, engine.step(lr)
+
+
+class Trainer:
+    """One run: engine, data, tracker and position, tied together by checkpoints."""
+
+    def __init__(
+        self,
+        config: cfg.Config,
+        here: World,
+        engine: Engine,
+        feed: Feed,
+        found: ckpt.Checkpoint | None,
+        tracker: Tracker | None,
+        tracker_run: str,
+    ):
+        self.config, self.here, self.engine, self.feed = config, here, engine, feed
+        self.tracker, self.tracker_run = tracker, tracker_run
+        self.folder = config.run.output / "checkpoints"
+        self.step = self.epoch = self.epoch_step = 0
+        self.skipped: list[dict[str, str]] = []
+        self.trained = 0
+        if found is not None:
+            state = found.state
+            self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
+            self.skipped = list(state.skipped)
+
+    def run(self) -> None:
+        """Train until the configured number of steps, over as many epochs as that takes."""
+        total = self.config.train.steps
+        with bar("train", total, self.step, enabled=self.here.rank == 0) as shown:
+            while self.step < total:
+                began = time.perf_counter()
+                for batches in self.feed.steps(self.here, self.epoch, self.epoch_step):
+                    waited = time.perf_counter() - began
+                    lr = lr_at(self.step, self.config.train)
+                    counts, norm = train_step(self.engine, self.here, batches, lr)
+                    self._after(counts, norm, lr, waited, time.perf_counter() - began)
+                    shown.advance(text=self._line(counts, time.perf_counter() - began))
+                    began = time.perf_counter()
+                    if self.step == total:
+                        break
+                else:
+                    self.epoch, self.epoch_step = self.epoch + 1, 0
+        if self.step % self.config.train.checkpoint_every:
+            self.save()
+
+    def _after(
+        self, counts: Counts, norm: float, lr: float, waited: float, seconds: float
+    ) -> None:
+        """Book one finished step: position, skips, metrics, checkpoint."""
+        if self.tracker is not None:
+            self.tracker.log(
+                self.step,
+                {
+                    "train/loss": counts.loss / max(1.0, counts.labels),
+                    "train/grad_norm": norm,
+                    "train/lr": lr,
+                    "train/epoch": self.epoch,
+                    "data/label_tokens": counts.labels,
+                    "data/tokens": counts.tokens,
+                    "data/audio_seconds": counts.seconds,
+                    "data/skipped": len(self.skipped) + len(counts.skipped),
+                    "perf/tokens_per_second": counts.tokens / seconds,
+                    "perf/audio_seconds_per_second": counts.seconds / seconds,
+                    "perf/data_wait_share": waited / seconds,
+                    "perf/step_seconds": seconds,
+                },
+            )
+        self._count_skips(counts)
+        self.step += 1
+        self.epoch_step += 1
+        if self.step % self.config.train.checkpoint_every == 0:
+            self.save()
+
+    def _count_skips(self, counts: Counts) -> None:
+        self.trained += int(counts.documents)
+        for skip in counts.skipped:
+            self.skipped.append({"epoch": str(self.epoch), **skip})
+            if self.here.rank == 0:
+                console.print(f"skipped {skip['key']}: {skip['reason']}")
+        share = len(self.skipped) / max(1, self.trained + len(self.skipped))
+        limit = self.config.data.max_skipped
+        # A share of a handful of samples says nothing yet.
+        if counts.skipped and len(self.skipped) > 10 and share > limit:
+            raise cfg.ConfigError(
+                f"{len(self.skipped)} samples ({share:.1%}) were skipped for bad content, more "
+                f"than data.max_skipped = {limit:.1%}; last: {self.skipped[-1]}"
+            )
+
+    def save(self) -> None:
+        """Commit a checkpoint; what the tracker holds back is written before. A collective."""
+        weights, moments = self.engine.weights(), self.engine.moments()
+        if self.here.rank == 0:
+            if self.tracker is not None:
+                self.tracker.flush()
+            state = ckpt.State(
+                step=self.step,
+                epoch=self.epoch,
+                epoch_step=self.epoch_step,
+                plan=self.feed.digest,
+                tracker_run=self.tracker_run,
+                config=self.config.resolved(),
+                revision=revision(),
+                skipped=self.skipped,
+            )
+            ckpt.save(self.folder, state, weights, moments, self.config.train.keep)
+        self.here.barrier()
+
+    def _line(self, counts: Counts, seconds: float) -> str:
+        return (
+            f"loss {counts.loss / max(1.0, counts.labels):.4f}  "
+            f"{counts.tokens / seconds:,.0f} tokens/s  "
+            f"{counts.seconds / seconds:.0f}x real time"
+        )

@@ -1,0 +1,132 @@
+"""Stage 2: train the adapter so that the LLM, hearing speech, says what it says reading it.
+
+    deepspeed train/main.py configs/micro/blsp.yaml
+    deepspeed train/main.py configs/blsp.yaml --set train.lr=5e-5 --dry-run
+
+The same command again continues from the run's newest checkpoint, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from train import checkpoint as ckpt
+from train import config as cfg
+from train.cli import arguments, guarded
+from train.dryrun import dry_run
+from train.engine import Engine, World, gathered, partitioned, world
+from train.feed import open_feed
+from train.loop import Trainer
+from train.model.build import build
+from train.model.respond import load_trained
+from train.progress import console
+from train.tracking import Tracker, run_tags
+
+
+def resume_point(config: cfg.Config, digest: str) -> ckpt.Checkpoint | None:
+    """The run's newest checkpoint, if it has one and its data order is this config's.
+
+    Raises:
+        CheckpointError: the run was begun with other data, budgets or seed.
+    """
+    found = ckpt.newest(config.run.output / "checkpoints", console.print)
+    if found is not None and found.state.plan != digest:
+        raise ckpt.CheckpointError(
+            f"{found.path} was trained on another order of data (plan {found.state.plan[:12]}, "
+            f"now {digest[:12]}): shards, targets, budgets, prompt or seed changed; restore them, "
+            "or choose another run.output"
+        )
+    return found
+
+
+def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker | None, str]:
+    """The run's tracker (on rank 0) and its id; the same one after every restart.
+
+    The id is kept beside the checkpoints from the very beginning, so that a run killed before
+    its first checkpoint is continued in the tracker, too.
+    """
+    path = config.run.output / "tracker.json"
+    tracker = None
+    if here.rank == 0:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known and known["uri"] != config.run.tracking_uri:
+            raise cfg.ConfigError(
+                f"run.tracking_uri is {config.run.tracking_uri}, but {config.run.output} was "
+                f"begun with {known['uri']}; restore it, or choose another run.output"
+            )
+        tracker = Tracker(
+            config.run.tracking_uri,
+            config.run.experiment,
+            config.run.name,
+            run_id=known.get("run_id"),
+            params=config.flat(),
+            tags=run_tags("train"),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(
+            json.dumps({"uri": config.run.tracking_uri, "run_id": tracker.run_id}) + "\n"
+        )
+        partial.rename(path)
+    return tracker, here.broadcast(tracker.run_id if tracker else None)
+
+
+def run(config: cfg.Config, here: World) -> None:
+    feed = open_feed(config, here)
+    found = resume_point(config, feed.digest)
+    if found is not None and found.state.step >= config.train.steps:
+        if here.rank == 0:
+            console.print(f"{found.path} has all {config.train.steps} steps; nothing to do")
+        return
+    model = build(
+        config.model,
+        config.train.precision,
+        seed=config.run.seed,
+        device=here.device,
+        partitioned=partitioned(config.train),
+        gathered=gathered,
+    )
+    if found is not None:
+        load_trained(model, found.weights)
+    accumulation = math.ceil(config.data.bins_per_step / here.size)
+    engine = Engine(model, config.train, here, accumulation)
+    if found is not None:
+        engine.load(found.weights, found.moments, found.state.step)
+    tracker, run_id = open_tracker(config, here, found is None)
+    if here.rank == 0:
+        where = f"from {found.path}" if found else "from the start"
+        console.print(
+            f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
+            f"{config.train.precision}, ZeRO-3, {feed.describe()}, {where}"
+        )
+    try:
+        Trainer(config, here, engine, feed, found, tracker, run_id).run()
+    except BaseException:
+        if tracker is not None:
+            tracker.close("FAILED")
+        raise
+    if tracker is not None:
+        tracker.close()
+        console.print(f"stage 2: done; checkpoint in {config.run.output / 'checkpoints'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print config, parameter groups and memory; stop"
+    )
+    parser.add_argument("--json", type=Path, help="with --dry-run: write the same as JSON")
+    args = parser.parse_args(argv)
+    config = cfg.load(args.config, args.set)
+    if args.dry_run:
+        dry_run(config, args.json)
+        return
+    with world() as here:
+        run(config, here)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

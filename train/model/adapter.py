@@ -1,0 +1,82 @@
+"""Adapters: encoder frames in, LLM slots out.
+
+Shapes: N rows of encoder frames, R rows of slots (all clips' slots one after another), C
+encoder channels, H LLM width. The adapter's last LayerNorm is not here: `SpeechEmbeddings`
+applies it while it places the slots among the text tokens, in one op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from train.model.lengths import Conv
+from train.ops import Segments, ragged_conv1d
+
+
+def conv_geometry(kernel: int, strides: tuple[int, ...]) -> tuple[Conv, ...]:
+    """The adapter's convolutions as length arithmetic (padding keeps `length / stride`)."""
+    return tuple(Conv(kernel, stride, kernel // 2) for stride in strides)
+
+
+class RaggedConv(nn.Module):
+    """One strided convolution with bias and activation over ragged rows."""
+
+    def __init__(self, channels: int, out: int, geometry: Conv, activation: str, impl: str):
+        super().__init__()
+        self.geometry, self.activation, self.impl = geometry, activation, impl
+        width = 2 * out if activation == "glu" else out
+        # The initial distribution of torch.nn.Conv1d: uniform, bound 1/sqrt(fan in).
+        bound = (channels * geometry.kernel) ** -0.5
+        self.weight = nn.Parameter(
+            torch.empty(width, geometry.kernel, channels).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
+
+    def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor:
+        y, _ = ragged_conv1d(
+            x_NC,
+            self.weight,
+            self.bias,
+            segments,
+            stride=self.geometry.stride,
+            padding=self.geometry.padding,
+            activation=self.activation,
+            impl=self.impl,
+        )
+        return y
+
+
+class ConvAdapter(nn.Module):
+    """BLSP's adapter (2309.00916): strided convolutions with GLU, then a residual bottleneck.
+
+    The convolutions keep the encoder's width but for the last, which goes to the LLM's.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        kernel: int,
+        strides: tuple[int, ...],
+        bottleneck: int,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        self.geometry = conv_geometry(kernel, strides)
+        widths = [channels] * (len(strides) - 1) + [hidden]
+        self.convs = nn.ModuleList(
+            RaggedConv(channels, width, geometry, "glu", impl)
+            for width, geometry in zip(widths, self.geometry, strict=True)
+        )
+        self.down = nn.Linear(hidden, bottleneck, bias=False)
+        self.up = nn.Linear(bottleneck, hidden, bias=False)
+
+    def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Slots [R, H] of the clips whose frames `segments` finds in `x_NC` [N, C]."""
+        for conv in self.convs:
+            x_NC = conv(x_NC, segments)
+            g = conv.geometry
+            segments = segments.conv(g.kernel, g.stride, g.padding)
+        return x_NC + self.up(nn.functional.gelu(self.down(x_NC)))

@@ -1,0 +1,137 @@
+"""Decoder attention over a packed batch: every document attends to itself alone.
+
+A packed batch is one row of T positions that hold D documents one after another. Two modes,
+switched by `set_packed`: in training the decoder runs packed through `per_document`; to generate
+it runs on a padded batch with a cache, as transformers does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes
+
+NAME = "hearken_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Lengths of the packed documents, on the host: their sum is T."""
+
+    lengths: tuple[int, ...]
+
+
+def per_document(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    *,
+    scale: float | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention inside each document.
+
+    Args:
+        q: [1, heads, T, d]; k, v: [1, kv_heads, T, d], kv_heads dividing heads.
+        slopes: [heads] ALiBi slopes, or None. The bias is built in float32 (in bf16 the
+            distances of far keys collapse) and cast to q's dtype after subtracting the query's
+            own position, which softmax does not see but rounding does.
+    Returns:
+        [1, heads, T, d]
+    """
+    outs = []
+    parts = zip(*(t.split(packing.lengths, dim=2) for t in (q, k, v)), strict=True)
+    for q_doc, k_doc, v_doc in parts:
+        mask = None
+        if slopes is not None:
+            at = torch.arange(q_doc.shape[2], device=q.device)
+            distance = at[None, :] - at[:, None]
+            bias = slopes.float()[:, None, None] * distance
+            mask = bias.masked_fill(distance > 0, float("-inf")).to(q.dtype)[None]
+        outs.append(
+            scaled_dot_product_attention(
+                q_doc,
+                k_doc,
+                v_doc,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+    return torch.cat(outs, dim=2)
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    if packing is None:
+        raise ValueError(f"{type(module).__name__} did not hand the packing to its attention")
+    out = per_document(query, key, value, packing, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _packed_attention)
+
+
+class PackedBloomAttention(BloomAttention):
+    """BLOOM's attention with a packed mode, which transformers lacks (ALiBi, no packing)."""
+
+    packing: Packing | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        alibi: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.packing is None:
+            return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
+        q, k, v = self._reshape(self.query_key_value(hidden_states))
+        slopes = _get_alibi_slopes(self.num_heads, q.device)
+        out = per_document(q, k, v, self.packing, scale=self.inv_norm_factor, slopes=slopes)
+        out = out.transpose(1, 2).reshape(hidden_states.shape)
+        return residual + self.dense(out), None
+
+
+def prepare(decoder: PreTrainedModel) -> None:
+    """Give a freshly loaded decoder its packed mode. Frozen BLOOM has no dropout to lose."""
+    for module in decoder.modules():
+        if type(module) is BloomAttention:
+            module.__class__ = PackedBloomAttention
+
+
+def set_packed(decoder: PreTrainedModel, packing: Packing | None) -> dict[str, Any]:
+    """Switch `decoder` to the packed mode (or back, with None); returns its forward's extras.
+
+    The switch stays until the next call, so that a recomputation in the backward pass
+    (gradient checkpointing) sees what the forward saw.
+    """
+    config = decoder.config
+    dense = getattr(config, "_hearken_dense", None)
+    if dense is None:
+        dense = config._hearken_dense = config._attn_implementation
+    if decoder.config.model_type == "bloom":
+        for module in decoder.modules():
+            if isinstance(module, PackedBloomAttention):
+                module.packing = packing
+        # A name without a mask function keeps transformers from building a T x T mask.
+        config._attn_implementation = dense if packing is None else NAME
+        return {}
+    config._attn_implementation = dense if packing is None else NAME
+    return {} if packing is None else {"packing": packing}

@@ -1,0 +1,54 @@
+"""Batched generation from packed inputs: left-padded here, with transformers' own `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from train.model.attention import set_packed
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: tuple[int, ...]
+    """Generated token ids, without the end-of-sequence token."""
+    finished: bool
+    """Whether the model ended by itself; False means the token limit cut it."""
+
+
+@torch.no_grad()
+def generate(
+    decoder: PreTrainedModel,
+    inputs_TH: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    eos: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    num_beams: int = 1,
+) -> list[Answer]:
+    """One answer per document of `inputs_TH` [sum(lengths), H]; greedy at temperature 0."""
+    set_packed(decoder, None)
+    documents = inputs_TH.split(lengths)
+    embeds = pad_sequence(list(documents), batch_first=True, padding_side="left")
+    at = torch.arange(embeds.shape[1], device=embeds.device)
+    sizes = torch.tensor(lengths, device=embeds.device)
+    mask = (at[None, :] >= embeds.shape[1] - sizes[:, None]).long()
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    out = decoder.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    )
+    answers = []
+    for row in out.tolist():
+        finished = eos in row
+        answers.append(Answer(tuple(row[: row.index(eos)] if finished else row), finished))
+    return answers

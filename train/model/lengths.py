@@ -1,0 +1,51 @@
+"""Waveform samples → encoder frames → adapter slots: the arithmetic, written once.
+
+The planner, the collator, the adapter and the aligner all ask here, so a slot that the plan
+counts is a slot that the adapter makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+Lengths = TypeVar("Lengths", int, np.ndarray)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 1-D convolution's geometry; lengths in its own input's units."""
+
+    kernel: int
+    stride: int
+    padding: int = 0
+
+    def out(self, length: Lengths) -> Lengths:
+        """Output length, 0 where no output fits. Elementwise on ints and int64 arrays."""
+        out = (length + 2 * self.padding - self.kernel) // self.stride + 1
+        # A length below zero arises only for inputs shorter than the kernel; an empty input
+        # stays empty even where the padding alone would make an output.
+        return out * (out > 0) * (length > 0)
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """How many encoder frames and LLM slots a clip of 16 kHz samples becomes."""
+
+    front_end: tuple[Conv, ...]
+    adapter: tuple[Conv, ...]
+
+    def frames(self, num_samples: Lengths) -> Lengths:
+        """Valid encoder frames of a clip."""
+        for conv in self.front_end:
+            num_samples = conv.out(num_samples)
+        return num_samples
+
+    def slots(self, num_samples: Lengths) -> Lengths:
+        """LLM positions that a clip takes."""
+        length = self.frames(num_samples)
+        for conv in self.adapter:
+            length = conv.out(length)
+        return length
