@@ -5,6 +5,8 @@ Shapes: T positions, V rows of the embedding table, R speech rows, H hidden size
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +47,10 @@ def pack_embeddings(
         return pack_embeddings_reference(
             table, speech, source, ln_weight, ln_bias, eps, dtype=dtype
         )
-    raise NotImplementedError
+    packed: Tensor = torch.ops.hearken.pack_embeddings(
+        table, speech, source, ln_weight, ln_bias, eps, dtype
+    )
+    return packed
 
 
 def pack_embeddings_reference(
@@ -60,13 +65,12 @@ def pack_embeddings_reference(
 ) -> Tensor:
     """The plain twin: both rows for every position, then one of them."""
     dtype = table.dtype if dtype is None else dtype
-    # A row of zeros before and behind: there is a row to look up even where there is none.
-    text = torch.cat([table.new_zeros(1, table.shape[1]), table]) if len(table) == 0 else table
-    text_TH = text.index_select(0, source.clamp(min=0)).to(dtype)
+    text_TH = table.index_select(0, source.clamp(min=0)).to(dtype)
     exact = torch.promote_types(speech.dtype, torch.float32)
     normed = F.layer_norm(
         speech.to(exact), speech.shape[1:], ln_weight.to(exact), ln_bias.to(exact), eps
     )
+    # One more row, so that there is one to look up even where there is no speech.
     normed = torch.cat([normed, normed.new_zeros(1, speech.shape[1])])
     speech_TH = normed.index_select(0, (-source - 1).clamp(min=0)).to(dtype)
     return torch.where((source >= 0)[:, None], text_TH, speech_TH)
@@ -102,7 +106,9 @@ def _check(
         ("ln_bias", ln_bias),
     ):
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be of {', '.join(map(str, DTYPES))}, not {tensor.dtype}.")
+            raise ValueError(
+                f"{name} must be of {', '.join(map(str, DTYPES))}, not {tensor.dtype}."
+            )
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but is {dtype}.")
     for name, tensor in (
@@ -113,3 +119,64 @@ def _check(
     ):
         if tensor.device != table.device:
             raise ValueError(f"{name} must be on table's {table.device}, not on {tensor.device}.")
+
+
+def _fake(
+    table: Tensor,
+    speech: Tensor,
+    source: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return table.new_empty(source.shape[0], table.shape[1], dtype=dtype)
+
+
+def _fake_backward(
+    grad: Tensor,
+    table: Tensor,
+    speech: Tensor,
+    source: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    need_table: bool,
+    need_speech: bool,
+    need_ln: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        table.new_empty(table.shape if need_table else (0,)),
+        speech.new_empty(speech.shape if need_speech else (0,)),
+        ln_weight.new_empty(ln_weight.shape if need_ln else (0,)),
+        ln_bias.new_empty(ln_bias.shape if need_ln else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.eps = inputs[5]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, speech, _, weight, bias = ctx.needs_input_grad[:5]
+    grad_table, grad_speech, grad_weight, grad_bias = torch.ops.hearken.pack_embeddings_backward(
+        grad, *ctx.saved_tensors, ctx.eps, table, speech, weight or bias
+    )
+    return (
+        grad_table if table else None,
+        grad_speech if speech else None,
+        None,
+        grad_weight if weight else None,
+        grad_bias if bias else None,
+        None,
+        None,
+    )
+
+
+if library.missing("cpu") is None:
+    torch.library.register_fake("hearken::pack_embeddings", _fake)
+    torch.library.register_fake("hearken::pack_embeddings_backward", _fake_backward)
+    torch.library.register_autograd(
+        "hearken::pack_embeddings", _backward, setup_context=_setup_context
+    )

@@ -6,7 +6,7 @@ Shapes: R input rows, M output rows, C channels in, D channels of the convolutio
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from train.ops.library import Impl
 from train.ops.segments import Segments
 
 Activation = Literal["none", "gelu", "glu"]
+
+ACTIVATIONS = {"none": 0, "gelu": 1, "glu": 2}  # as in csrc/common/activation.h
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,12 +48,30 @@ def ragged_conv1d(
     `impl="fused"` is asked for and not built.
     """
     _check(x, weight, bias, segments, stride, padding, activation)
-    fused = library.use_fused("ragged_conv1d", impl, x.device.type)
-    if not fused:
+    if not library.use_fused("ragged_conv1d", impl, x.device.type):
         return ragged_conv1d_reference(
             x, weight, bias, segments, stride=stride, padding=padding, activation=activation
         )
-    raise NotImplementedError
+    out = segments.conv(weight.shape[1], stride, padding)
+    # The gradient of x works on groups of `stride` input rows: see csrc/common/ragged.h.
+    groups = Segments.packed([-(-n // stride) for n in segments.host_lengths], x.device)
+    y, _ = torch.ops.hearken.ragged_conv1d(
+        x,
+        weight,
+        bias,
+        segments.starts,
+        segments.lengths,
+        out.starts,
+        groups.starts,
+        out.rows,
+        groups.rows,
+        stride,
+        padding,
+        ACTIVATIONS[activation],
+        # Only a gradient through an activation wants the sums again.
+        activation != "none" and _wants_grad(x, weight, bias),
+    )
+    return y, out
 
 
 def ragged_conv1d_reference(
@@ -130,3 +150,78 @@ def _check(
         raise ValueError(
             f"weight must have an even number of channels out for glu, but has {weight.shape[0]}."
         )
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    out_starts: Tensor,
+    group_starts: Tensor,
+    out_rows: int,
+    groups: int,
+    stride: int,
+    padding: int,
+    activation: int,
+    keep_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    channels = weight.shape[0]
+    halved = activation == ACTIVATIONS["glu"]
+    return (
+        x.new_empty(out_rows, channels // 2 if halved else channels),
+        x.new_empty(out_rows if keep_sums else 0, channels),
+    )
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    out_starts: Tensor,
+    group_starts: Tensor,
+    groups: int,
+    stride: int,
+    padding: int,
+    activation: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, starts, lengths, out_starts, group_starts, _, groups, *rest = inputs
+    ctx.save_for_backward(x, weight, output[1], starts, lengths, out_starts, group_starts)
+    ctx.arguments = (groups, *rest[:3])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grads = torch.ops.hearken.ragged_conv1d_backward(
+        grad, *ctx.saved_tensors, *ctx.arguments, need_x, need_weight, need_bias
+    )
+    needed = (need_x, need_weight, need_bias)
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 10
+
+
+if library.missing("cpu") is None:
+    torch.library.register_fake("hearken::ragged_conv1d", _fake)
+    torch.library.register_fake("hearken::ragged_conv1d_backward", _fake_backward)
+    torch.library.register_autograd(
+        "hearken::ragged_conv1d", _backward, setup_context=_setup_context
+    )
