@@ -1,0 +1,170 @@
+"""One shard on disk: a tar that webdataset reads, and beside it a Parquet index that plans read.
+
+    NAME.tar       KEY.flac KEY.json KEY.flac KEY.json ...
+    NAME.parquet   one row per key, in the tar's order: `key`, `sha` (of the members' bytes),
+                   `flac_offset`, `flac_size`, `json_offset`, `json_size`, ... and what else the
+                   writer adds; in its metadata the tar's size and SHA-256
+
+The same rows give the same bytes: times, owners, modes and order are ours. A file appears under
+its name only when whole, and the index appears last, so an index stands for a finished shard.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from webdataset import TarWriter
+
+FORMAT = 1
+_META = b"hearken"
+_MAX_KEY_BYTES = 80  # with its extension it stays within the 100 bytes of a plain tar header
+_KEY = re.compile(r"(?!/)[^.\x00-\x1f\x7f]+(?<!/)")
+
+
+class ShardError(ValueError):
+    """A shard, index or overlay that is not what it should be; the message names the files."""
+
+
+class ContentError(ValueError):
+    """A fault in one sample's stored bytes; the message is the reason, without the key."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample to write: its members by extension ("flac": bytes), its index columns."""
+
+    key: str
+    members: Mapping[str, bytes]
+    columns: Mapping[str, Any]
+
+
+def key_fault(key: str) -> str | None:
+    """Why `key` cannot name a sample in a tar, or None where it can."""
+    if not _KEY.fullmatch(key):
+        return (
+            f"key {key!r} must be non-empty, without '.' (webdataset takes what follows as the "
+            "extension), control characters, and '/' at either end"
+        )
+    if len(key.encode("utf-8", "surrogatepass")) > _MAX_KEY_BYTES:
+        return f"key {key!r} is longer than {_MAX_KEY_BYTES} bytes"
+    return None
+
+
+def index_path(tar: str | Path) -> Path:
+    """NAME.tar -> NAME.parquet."""
+    return Path(tar).with_suffix(".parquet")
+
+
+def column(member: str, what: str) -> str:
+    """The index column of a member's "offset" or "size": "targets.json" -> "targets_json_size"."""
+    return f"{member.replace('.', '_')}_{what}"
+
+
+def write_shard(
+    path: str | Path, rows: Iterable[Row], fields: Mapping[str, pa.DataType], meta: dict[str, Any]
+) -> int:
+    """Write `path` (NAME.tar) and its index; returns the number of samples.
+
+    `fields` types the rows' own columns; `meta` (JSON) goes into the index. Raises `ShardError` on
+    a key that cannot be written or comes twice, `OSError` where the disk refuses; neither leaves a
+    file under its final name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with draft.open("wb") as file:
+            written = _write_tar(file, rows, path)
+            os.fsync(file.fileno())
+        table = _index(draft, written, fields, meta)
+        index_path(path).unlink(missing_ok=True)  # an old index never stands beside a new tar
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _write_table(table, index_path(path))
+    return len(written)
+
+
+def read_meta(index: Path) -> dict[str, Any]:
+    """An index's own metadata; raises `ShardError` where the file is no index of ours."""
+    try:
+        schema = pq.read_schema(index)
+    except (pa.ArrowException, FileNotFoundError) as error:
+        raise ShardError(f"{index}: not a shard index ({error}); build the shard again") from None
+    meta = json.loads((schema.metadata or {}).get(_META, b"{}"))
+    if meta.get("format") != FORMAT:
+        raise ShardError(
+            f"{index}: index format is {meta.get('format')}, expected {FORMAT}; "
+            "build the shard again"
+        )
+    return meta
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tar(file: BinaryIO, rows: Iterable[Row], path: Path) -> list[Row]:
+    """Write the members; returns the rows with the members' bytes let go, plus their hash."""
+    kept: dict[str, Row] = {}
+    tar = TarWriter(file, user="hearken", group="hearken", mtime=0, encoder=False)
+    with tar:
+        for row in rows:
+            fault = key_fault(row.key) or (
+                f"key {row.key!r} comes twice" if row.key in kept else None
+            )
+            if fault:
+                raise ShardError(f"{path}: {fault}")
+            tar.write({"__key__": row.key, **row.members})
+            digest = hashlib.sha256()
+            for member in sorted(row.members):
+                digest.update(f"{member} {len(row.members[member])}\n".encode())
+                digest.update(row.members[member])
+            sizes = dict.fromkeys(row.members, b"")
+            kept[row.key] = Row(row.key, sizes, {"sha": digest.hexdigest()[:16], **row.columns})
+    file.flush()
+    return list(kept.values())
+
+
+def _index(
+    tar: Path, rows: list[Row], fields: Mapping[str, pa.DataType], meta: dict[str, Any]
+) -> pa.Table:
+    """The index of a written tar: where each member lies is read back from the tar itself."""
+    with tarfile.open(tar) as opened:
+        places = {info.name: (info.offset_data, info.size) for info in opened}
+    members = sorted({member for row in rows for member in row.members})
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([row.key for row in rows], pa.string()),
+        "sha": pa.array([row.columns["sha"] for row in rows], pa.string()),
+    }
+    for name, dtype in fields.items():
+        columns[name] = pa.array([row.columns[name] for row in rows], dtype)
+    for member in members:
+        found = [places.get(f"{row.key}.{member}", (-1, 0)) for row in rows]
+        columns[column(member, "offset")] = pa.array([at for at, _ in found], pa.int64())
+        columns[column(member, "size")] = pa.array([size for _, size in found], pa.int64())
+    own = {"format": FORMAT, "tar_bytes": tar.stat().st_size, "tar_sha256": sha256(tar)}
+    table = pa.table(columns)
+    return table.replace_schema_metadata({_META: json.dumps(meta | own, sort_keys=True).encode()})
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with draft.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,29 @@
+"""Best fit decreasing: ragged samples into bins of one capacity."""
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+
+def best_fit(costs: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack items, in the order given, each into the fullest bin that still has room for it.
+
+    `costs` is [n] int64 within 1..capacity, best about descending: then a bin fills with items of
+    like size, and small ones that come late close the gaps. Returns the item numbers per bin.
+    """
+    smallest = int(costs.min()) if len(costs) else 0
+    bins: list[list[int]] = []
+    # One sorted list of (room left, bin) as the integer room * n + bin: one comparison each.
+    n = max(1, len(costs))
+    rooms: list[int] = []
+    for item, cost in enumerate(costs.tolist()):
+        at = bisect_left(rooms, cost * n)
+        if at == len(rooms):
+            room, number = capacity, len(bins)
+            bins.append([item])
+        else:
+            room, number = divmod(rooms.pop(at), n)
+            bins[number].append(item)
+        if room - cost >= smallest:
+            insort(rooms, (room - cost) * n + number)
+    return bins

@@ -1,0 +1,261 @@
+"""Shards as one table: columns from the indexes, members by seek, overlays joined by key.
+
+A `ShardSet` numbers its samples 0..N-1 in the order of its shards; every index `i` elsewhere is
+that number. An `Overlay` is a `ShardSet` made from another one (targets, word times) and answers
+by the base's numbers.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data.archive import ContentError, Row, ShardError, column, index_path, read_meta, write_shard
+from data.sources import OpenSources, expand
+from data.targets import INDEXED
+
+_TAR_BLOCK = 512
+
+
+class ShardSet:
+    """Samples of many shards; columns are read when first asked for and kept."""
+
+    def __init__(self, addresses: list[str], metas: list[dict[str, Any]], tables: list[Path]):
+        self.addresses = addresses
+        self.metas = metas
+        self._indexes = tables
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._sources = OpenSources()
+
+    @classmethod
+    def open(cls, patterns: str | Path | Sequence[str | Path]) -> "ShardSet":
+        """Shards by brace pattern, glob, folder or path; reads the indexes' metadata only.
+
+        Raises `ShardError` where a shard or its index is missing, or an index has not the size of
+        its tar.
+        """
+        addresses = expand(patterns)
+        indexes = [index_path(address) for address in addresses]
+        with ThreadPoolExecutor(8) as pool:
+            metas = list(pool.map(read_meta, indexes))
+            sizes = list(pool.map(lambda address: Path(address).stat().st_size, addresses))
+        for address, index, meta, size in zip(addresses, indexes, metas, sizes, strict=True):
+            if meta["tar_bytes"] != size:
+                raise ShardError(
+                    f"{index}: made for a tar of {meta['tar_bytes']} bytes, but {address} has "
+                    f"{size}; build the shard again"
+                )
+        return cls(addresses, metas, indexes)
+
+    def __len__(self) -> int:
+        return int(self.shard_starts[-1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the shards' contents in their order, wherever they lie."""
+        whole = hashlib.sha256()
+        for meta in self.metas:
+            whole.update(meta["tar_sha256"].encode())
+        return whole.hexdigest()
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """[shards + 1] int64: shard s holds samples shard_starts[s] .. shard_starts[s + 1] - 1."""
+        counts = [pq.read_metadata(index).num_rows for index in self._indexes]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """[N] int64: each sample's shard."""
+        return np.repeat(np.arange(len(self.addresses)), np.diff(self.shard_starts))
+
+    @cached_property
+    def keys(self) -> pa.ChunkedArray:
+        """[N] strings; unique, else `ShardError` names the key and both shards."""
+        keys = self.column("key")
+        if len(pc.unique(keys)) != len(keys):
+            values, counts = np.unique(keys.to_numpy(), return_counts=True)
+            key = values[counts > 1][0]
+            first, second = np.flatnonzero(keys.to_numpy() == key)[:2]
+            raise ShardError(
+                f"key {key!r} is in {self.shard_name(first)} and in {self.shard_name(second)}; "
+                "keys must be unique over all shards that are read together"
+            )
+        return keys
+
+    @cached_property
+    def num_samples(self) -> np.ndarray:
+        """[N] int64: waveform samples at 16 kHz."""
+        return self.column("num_samples").to_numpy().astype(np.int64)
+
+    @property
+    def texts(self) -> pa.ChunkedArray:
+        """[N] strings: transcripts."""
+        return self.column("text")
+
+    @property
+    def languages(self) -> pa.ChunkedArray:
+        """[N] strings: language codes."""
+        return self.column("language")
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """[N] values of an index column; raises `ShardError` where an index has no such column."""
+        if name not in self._columns:
+            parts: list[pa.Array] = []
+            for index in self._indexes:
+                schema = pq.read_schema(index)
+                if name in schema.names:
+                    parts += pq.read_table(index, columns=[name]).column(0).chunks
+                elif pq.read_metadata(index).num_rows:
+                    raise ShardError(f"{index}: no column {name!r}, found {schema.names}")
+            self._columns[name] = pa.chunked_array(parts) if parts else pa.chunked_array([[]])
+        return self._columns[name]
+
+    def key(self, i: int) -> str:
+        """Sample i's key."""
+        return self.column("key")[int(i)].as_py()
+
+    def shard_name(self, i: int) -> str:
+        """The address of sample i's shard."""
+        return self.addresses[int(np.searchsorted(self.shard_starts, i, side="right")) - 1]
+
+    def place(self, i: int, member: str) -> tuple[int, int]:
+        """Byte offset and size of sample i's member in its tar."""
+        i = int(i)
+        offsets, sizes = self.column(column(member, "offset")), self.column(column(member, "size"))
+        return offsets[i].as_py(), sizes[i].as_py()
+
+    def read(self, i: int, member: str) -> bytes:
+        """The bytes of sample i's `member` ("flac", "json", ...), by seek.
+
+        Raises `ContentError` where the tar does not hold there what its index says, `OSError`
+        where it cannot be read.
+        """
+        offset, size = self.place(i, member)
+        if offset < 0:
+            raise ContentError(f"the tar has no member {member!r} for it")
+        # The header is read along: a tar of the same size that was put in place is noticed here.
+        raw = self._sources[self.shard_name(i)].read_at(offset - _TAR_BLOCK, _TAR_BLOCK + size)
+        if len(raw) < _TAR_BLOCK + size:
+            raise ContentError(f"truncated tar: {member} ends after {len(raw)} bytes")
+        name = raw[:100].rstrip(b"\0").decode(errors="replace")
+        prefix = raw[345:500].rstrip(b"\0").decode(errors="replace")
+        if (f"{prefix}/{name}" if prefix else name) != f"{self.key(i)}.{member}":
+            raise ContentError(f"the index does not match its tar: found {name!r} in its place")
+        return raw[_TAR_BLOCK:]
+
+    def read_json(self, i: int, member: str = "json") -> dict[str, Any]:
+        """Sample i's JSON member; raises `ContentError` where it is not a JSON object."""
+        try:
+            value = json.loads(self.read(i, member))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ContentError(f"{member} is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ContentError(f"{member} is {type(value).__name__}, expected an object")
+        return value
+
+
+class Overlay:
+    """Records made from a `ShardSet`'s samples, answered by the base's numbers."""
+
+    def __init__(self, shards: ShardSet, base: ShardSet, rows: np.ndarray, member: str):
+        self.shards = shards
+        self.member = member
+        self._base = base
+        self._rows = rows
+
+    @classmethod
+    def open(
+        cls,
+        patterns: str | Path | Sequence[str | Path],
+        base: ShardSet,
+        member: str = "targets.json",
+    ) -> "Overlay":
+        """Join overlay shards to `base` by key.
+
+        Raises `ShardError`, naming both files, where a sample of the base has no record, or the
+        record was made from another version of the sample.
+        """
+        shards = ShardSet.open(patterns)
+        at = pc.index_in(base.keys, value_set=shards.keys)
+        if at.null_count:
+            i = pc.index(pc.is_null(at), True).as_py()
+            raise ShardError(
+                f"{_names(shards)}: no {member} for {at.null_count} of {len(base)} samples, the "
+                f"first is {base.key(i)!r} of {base.shard_name(i)}; make the overlay for all of "
+                "these shards"
+            )
+        rows = at.to_numpy().astype(np.int64)
+        stale = pc.not_equal(shards.column("base_sha").take(at), base.column("sha"))
+        if i_stale := pc.sum(stale).as_py():
+            i = pc.index(stale, True).as_py()
+            raise ShardError(
+                f"{shards.shard_name(rows[i])}: stale, {i_stale} of {len(base)} records were made "
+                f"from other contents than now in {base.shard_name(i)} (first {base.key(i)!r}); "
+                "make the overlay again"
+            )
+        return cls(shards, base, rows, member)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the overlay's contents."""
+        return self.shards.digest
+
+    @property
+    def metas(self) -> list[dict[str, Any]]:
+        """What each overlay shard says of how it was made (teacher, template, decoding, ...)."""
+        return self.shards.metas
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """[N] values of the overlay's index column, in the base's order."""
+        return self.shards.column(name).take(pa.array(self._rows))
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The record of the base's sample i; raises like `ShardSet.read_json`."""
+        return self.shards.read_json(int(self._rows[i]), self.member)
+
+    def shard_name(self, i: int) -> str:
+        """The overlay shard that holds the record of the base's sample i."""
+        return self.shards.shard_name(int(self._rows[i]))
+
+
+def write_overlay(
+    path: str | Path,
+    items: Iterable[tuple[str, Mapping[str, Any]]],
+    member: str = "targets.json",
+    meta: Mapping[str, Any] | None = None,
+    *,
+    base: ShardSet,
+) -> int:
+    """Write one overlay shard: (key, JSON record) pairs made from `base`'s samples of those keys.
+
+    `meta` (teacher, template, decoding, ...) goes into the index. Returns the number of records.
+    Raises `ShardError` on a key that `base` does not have, or that comes twice.
+    """
+    fields, columns_of = INDEXED.get(member, ({}, lambda record: {}))
+    rows_of = {key: i for i, key in enumerate(base.keys.to_pylist())}
+    shas = base.column("sha")
+
+    def rows() -> Iterable[Row]:
+        for key, record in items:
+            if key not in rows_of:
+                raise ShardError(f"{path}: key {key!r} is in none of {_names(base)}")
+            encoded = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            sha = shas[rows_of[key]].as_py()
+            yield Row(key, {member: encoded}, {"base_sha": sha, **columns_of(record)})
+
+    own = {"kind": member, "base_digest": base.digest}
+    return write_shard(path, rows(), {"base_sha": pa.string(), **fields}, {**(meta or {}), **own})
+
+
+def _names(shards: ShardSet) -> str:
+    more = len(shards.addresses) - 1
+    return shards.addresses[0] + (f" and {more} more" if more else "")

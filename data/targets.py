@@ -1,0 +1,68 @@
+"""The record of stage 1: what the frozen LLM answered to a transcript.
+
+`KEY.targets.json` is `{"targets": [target, ...]}`, one or more of
+
+    {"instruction": str, "template": str, "ids": [int, ...], "text": str, "finished": bool}
+
+`ids` are the answer's tokens without EOS; `finished` says that the LLM ended it with EOS, rather
+than being cut at the token limit. The index repeats `num_tokens` (EOS included) and `instruction`
+per target, so that planning opens no tar.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from data.archive import ContentError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One answer of the LLM."""
+
+    instruction: str
+    template: str
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+def parse_targets(record: Mapping[str, Any]) -> list[Target]:
+    """The targets of a record; raises `ContentError` naming the field that is wrong."""
+    found = record.get("targets")
+    if not isinstance(found, list) or not found:
+        raise ContentError("'targets' must be a non-empty list")
+    return [_parse(raw, number) for number, raw in enumerate(found)]
+
+
+def _parse(raw: Any, number: int) -> Target:
+    kinds = {"instruction": str, "template": str, "ids": list, "text": str, "finished": bool}
+    for field, kind in kinds.items():
+        value = raw.get(field) if isinstance(raw, dict) else None
+        if not isinstance(value, kind):
+            raise ContentError(
+                f"target {number}: {field!r} must be {kind.__name__}, but is {value!r:.40}"
+            )
+    if not all(type(token) is int and token >= 0 for token in raw["ids"]):
+        raise ContentError(f"target {number}: 'ids' must be token ids >= 0")
+    return Target(**{field: raw[field] for field in kinds} | {"ids": tuple(raw["ids"])})
+
+
+def _index_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    targets = parse_targets(record)
+    return {
+        "num_tokens": [len(target.ids) + target.finished for target in targets],
+        "instruction": [target.instruction for target in targets],
+    }
+
+
+Columns = Callable[[Mapping[str, Any]], dict[str, Any]]
+# What the index of each kind of overlay repeats from its records: types, and how to get them.
+INDEXED: dict[str, tuple[dict[str, pa.DataType], Columns]] = {
+    "targets.json": (
+        {"num_tokens": pa.list_(pa.int32()), "instruction": pa.list_(pa.string())},
+        _index_columns,
+    ),
+}
