@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from data.archive import index_path, read_meta
 from data.prompts import Prompt
-from data.shards import ShardSet, overlay_matches, write_overlay
+from data.shards import ShardSet, write_overlay
 from data.templates import Template, choose, load_templates
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.engine import World, world
 from train.model.build import DTYPES, load_decoder, load_tokenizer
-from train.model.generate import Answer, generate
+from train.model.generate import Answer, generate, to_text
 from train.progress import Bar, bar, console
 from train.tracking import Tracker, run_tags
 
@@ -41,9 +41,7 @@ class Teacher:
         self.behave, self.seed, self.device = behave, config.run.seed, device
         self.tokenizer = load_tokenizer(config.model)
         self.prompt = Prompt(self.tokenizer, config.prompt)
-        self.decoder: PreTrainedModel = load_decoder(
-            config.model, DTYPES[config.train.precision]
-        ).to(device)
+        self.decoder = load_decoder(config.model, DTYPES[config.train.precision], device)
 
     @torch.no_grad()
     def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
@@ -77,6 +75,25 @@ def provenance(config: cfg.Config, behave: cfg.Behave, shards: ShardSet) -> dict
     return facts
 
 
+def is_done(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether this target shard is there already (its index appears last, so it is whole).
+
+    Raises:
+        ConfigError: it is there, but was made in another way.
+    """
+    index = index_path(path)
+    if not index.exists():
+        return False
+    found = read_meta(index)
+    if found.get("hash") != facts["hash"]:
+        changed = [k for k in facts if k != "hash" and found.get(k) != facts[k]]
+        raise cfg.ConfigError(
+            f"{path} was made with another {', '.join(changed)}; remove it, or choose another "
+            "behave.output"
+        )
+    return True
+
+
 def part(
     teacher: Teacher, shards: ShardSet, templates: list[Template], items: range, shown: Bar
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,12 +102,14 @@ def part(
     Batches are formed by prompt length inside the part, so that they are the same whichever
     rank does it and whenever.
     """
+    columns = (shards.keys, shards.languages, shards.texts)
+    keys, languages, texts = (c[items.start : items.stop].to_pylist() for c in columns)
     chosen = [
-        choose(templates, shards.keys[i], shards.languages[i], teacher.seed) for i in items
+        choose(templates, key, language, teacher.seed)
+        for key, language in zip(keys, languages, strict=True)
     ]
     prompts = [
-        teacher.prompt.with_text(t.instruction, shards.texts[i])
-        for i, t in zip(items, chosen, strict=True)
+        teacher.prompt.with_text(t.instruction, text) for t, text in zip(chosen, texts, strict=True)
     ]
     answers: dict[int, Answer] = {}
     order = sorted(range(len(items)), key=lambda j: (len(prompts[j]), j))
@@ -100,17 +119,16 @@ def part(
         seed = hash((teacher.seed, items.start, at))
         answers |= zip(batch, teacher.answer([prompts[j] for j in batch], seed), strict=True)
         shown.advance(len(batch))
-    for j, i in enumerate(items):
+    for j, key in enumerate(keys):
         answer = answers[j]
         target = {
             "instruction": chosen[j].instruction,
             "template": chosen[j].name,
             "ids": list(answer.ids),
-            "text": teacher.tokenizer.decode(answer.ids, skip_special_tokens=True).strip(),
+            "text": to_text(teacher.tokenizer, answer),
             "finished": answer.finished,
         }
-        # An empty answer teaches nothing but to stop; stage 2 lists its utterance as skipped.
-        yield shards.keys[i], {"targets": [target] if answer.ids else []}
+        yield key, {"targets": [target]}
 
 
 def run(config: cfg.Config, here: World) -> None:
@@ -125,7 +143,7 @@ def run(config: cfg.Config, here: World) -> None:
          range(start, min(start + behave.items_per_shard, len(shards))))
         for start in range(0, len(shards), behave.items_per_shard)
     ]  # fmt: skip
-    waiting = [(path, items) for path, items in parts if not overlay_matches(path, facts)]
+    waiting = [(path, items) for path, items in parts if not is_done(path, facts)]
     if here.rank == 0:
         console.print(
             f"stage 1: {len(shards)} utterances, {len(templates)} wordings of "
@@ -143,9 +161,9 @@ def run(config: cfg.Config, here: World) -> None:
                 rows = list(part(teacher, shards, templates, items, shown))
                 targets = [t for _, row in rows for t in row["targets"]]
                 unfinished += sum(not t["finished"] for t in targets)
-                empty += len(rows) - len(targets)
+                empty += sum(not t["ids"] for t in targets)
                 written += len(rows)
-                write_overlay(path, rows, meta=facts)
+                write_overlay(path, rows, meta=facts, base=shards)
     counts = here.sum(written, unfinished, empty)
     if here.rank == 0 and waiting:
         report(config, facts, [int(c) for c in counts])

@@ -13,12 +13,14 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from data.errors import DataError
+from data.archive import ShardError
+from data.audio import AudioError
+from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
 from train.progress import console
 
-MENDABLE = (ConfigError, CheckpointError, DataError)
+MENDABLE = (ConfigError, CheckpointError, ShardError, AudioError, TemplateError)
 RESUMABLE = 75
 
 

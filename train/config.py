@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,14 +141,14 @@ class Config(Section):
     def flat(self) -> dict[str, str]:
         """`section.key` → text, as logged to the tracker."""
 
-        def walk(prefix: str, node: Any) -> dict[str, str]:
+        def walk(name: str, node: Any) -> Iterator[tuple[str, str]]:
             if isinstance(node, dict):
-                return {
-                    k: v for key, sub in node.items() for k, v in walk(f"{prefix}{key}.", sub).items()
-                }
-            return {prefix[:-1]: node if isinstance(node, str) else json.dumps(node)}
+                for key, child in node.items():
+                    yield from walk(f"{name}.{key}" if name else key, child)
+            else:
+                yield name, node if isinstance(node, str) else json.dumps(node)
 
-        return walk("", self.resolved())
+        return dict(walk("", self.resolved()))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -209,10 +209,12 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
         """Float32 masters of what is trained, whole, on the CPU. A collective."""
         return {n: self._whole(p, safe_get_local_fp32_param(p)) for n, p in self._params.items()}
 
+    @torch.no_grad()
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments as `moment/name`, whole, on the CPU. A collective."""
         return {
@@ -221,6 +223,7 @@ class Engine:
             for name, p in self._params.items()
         }
 
+    @torch.no_grad()
     def load(
         self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int
     ) -> None:
@@ -237,16 +240,18 @@ class Engine:
         for name, p in self._params.items():
             safe_set_local_fp32_param(p, self._mine(p, weights[name]))
             for moment in MOMENTS:
-                safe_set_local_optimizer_state(p, self._mine(p, moments[f"{moment}/{name}"]), moment)
+                safe_set_local_optimizer_state(
+                    p, self._mine(p, moments[f"{moment}/{name}"]), moment
+                )
 
     def _whole(self, p: Any, mine: torch.Tensor) -> torch.Tensor:
         """Join the ranks' equal slices of a flattened parameter; the last one may be padded."""
         size = p.partition_numel()
-        slices = torch.zeros(self.here.size, size, device=self.here.device)
+        slices = torch.zeros(self.here.size * size, device=self.here.device)
         padded = torch.zeros(size, device=self.here.device)
         padded[: mine.numel()] = mine
         dist.all_gather_into_tensor(slices, padded)
-        return slices.flatten()[: p.ds_numel].view(p.ds_shape).cpu().clone()
+        return slices[: p.ds_numel].view(p.ds_shape).cpu().clone()
 
     def _mine(self, p: Any, value: torch.Tensor) -> torch.Tensor:
         """This rank's slice of a whole tensor: the inverse of `_whole`."""

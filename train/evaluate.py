@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from data.audio import decode
@@ -93,15 +94,15 @@ class Evaluation:
         heard = self.transcriber(waves) if self.transcriber else []
         pending: list[tuple[Item, str, Question]] = []
         for at, i in enumerate(clips):
-            inputs: dict[str, Any] = {
+            inputs: dict[str, str | torch.Tensor] = {
                 "speech": slots[at],
                 # The neighbour's audio: as natural as the right one, and wrong.
                 "shuffled": slots[at - 1],
-                "text": shards.texts[i],
+                "text": shards.texts[i].as_py(),
                 "cascade": heard[at] if heard else "",
                 "none": "",
             }
-            for item in items[shards.keys[i]]:
+            for item in items[shards.key(i)]:
                 for kind in self.evaluate.inputs:
                     pending.append((item, kind, Question(item.instruction, inputs[kind])))
         # Answers of like length end together, so little of a batch is spent on waiting.
@@ -111,8 +112,8 @@ class Evaluation:
             answers = self.responder.answer(
                 [q for _, _, q in batch], max_new_tokens=self.evaluate.max_new_tokens
             )
-            for (item, kind, _), answer in zip(batch, answers, strict=True):
-                yield Result(item, kind, answer)
+            for (item, source, _), answer in zip(batch, answers, strict=True):
+                yield Result(item, source, answer)
             shown.advance(len(batch))
 
 
@@ -126,25 +127,25 @@ def summarise(results: list[Result]) -> list[dict[str, Any]]:
         {
             "task": task,
             "language": language,
-            "input": kind,
+            "input": source,
             "metric": metric,
             "value": score(metric, [r.answer for r in group], [r.item.answer for r in group]),
             "count": len(group),
         }
-        for (task, language, kind, metric), group in sorted(groups.items())
+        for (task, language, source, metric), group in sorted(groups.items())
     ]
 
 
-def print_table(rows: list[dict[str, Any]], inputs: tuple[str, ...]) -> None:
+def print_table(rows: list[dict[str, Any]], kinds: tuple[str, ...]) -> None:
     table = Table(title="evaluation (all languages)")
-    for name in ("task", "metric", "count", *inputs):
+    for name in ("task", "metric", "count", *kinds):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     cells: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
     for r in rows:
         if r["language"] == "all":
             cells[r["task"], r["metric"], r["count"]][r["input"]] = r["value"]
     for (task, metric, count), values in sorted(cells.items()):
-        shown = [f"{values[kind]:.1f}" if kind in values else "" for kind in inputs]
+        shown = [f"{values[kind]:.1f}" if kind in values else "" for kind in kinds]
         table.add_row(task, metric, str(count), *shown)
     console.print(table)
 
@@ -173,10 +174,11 @@ def track(
         }
     )
     tracker.table("evaluation", {name: [r[name] for r in rows] for name in rows[0]})
-    spoken = sorted((r for r in results if r.input == "speech"), key=lambda r: (r.item.key, r.item.task))
-    wanted = sorted({r.item.key for r in spoken})[:: max(1, len(shards) // max(1, evaluate.samples))]
-    wanted = wanted[: evaluate.samples]
-    index = {key: i for i, key in enumerate(shards.keys)}
+    spoken = [r for r in results if r.input == "speech"]
+    spoken.sort(key=lambda r: (r.item.key, r.item.task))
+    heard = sorted({r.item.key for r in spoken})
+    wanted = heard[:: max(1, len(heard) // max(1, evaluate.samples))][: evaluate.samples]
+    index = {key: i for i, key in enumerate(shards.keys.to_pylist())}
     folder = config.run.output / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for key in wanted:
@@ -186,7 +188,7 @@ def track(
     shown = [r for r in spoken if r.item.key in set(wanted)]
     columns = {
         "audio": [f"samples/{r.item.key}.flac" for r in shown],
-        "transcript": [shards.texts[index[r.item.key]] for r in shown],
+        "transcript": [shards.texts[index[r.item.key]].as_py() for r in shown],
         "task": [r.item.task for r in shown],
         "instruction": [r.item.instruction for r in shown],
         "expected": [r.item.answer for r in shown],
@@ -203,15 +205,16 @@ def run(config: cfg.Config, checkpoint: Path, json_path: Path | None, here: Worl
         raise cfg.ConfigError("the config has no `evaluate` section")
     shards = ShardSet.open(list(evaluate.shards))
     items: dict[str, list[Item]] = defaultdict(list)
-    for item in load_items(evaluate.tasks, set(shards.keys)):
+    keys = shards.keys.to_pylist()
+    for item in load_items(evaluate.tasks, set(keys)):
         items[item.key].append(item)
     found = ckpt.find(checkpoint)
     responder = Responder(config, found.weights, here.device)
     evaluation = Evaluation(config, evaluate, responder)
-    clips = [i for i, key in enumerate(shards.keys) if key in items]
+    clips = [i for i, key in enumerate(keys) if key in items]
     size = evaluate.batch_size
     chunks = [clips[at : at + size] for at in range(0, len(clips), size)][here.rank :: here.size]
-    total = sum(len(items[shards.keys[i]]) for chunk in chunks for i in chunk)
+    total = sum(len(items[keys[i]]) for chunk in chunks for i in chunk)
     mine: list[Result] = []
     with bar("questions", total * len(evaluate.inputs), enabled=here.rank == 0) as shown:
         for chunk in chunks:

@@ -35,11 +35,13 @@ class Counts:
     labels: float
     tokens: float
     seconds: float
-    documents: float
+    documents: int
     skipped: list[dict[str, str]] = field(default_factory=list)
 
 
-def train_step(engine: Engine, here: World, batches: list[Batch], lr: float) -> tuple[Counts, float]:
+def train_step(
+    engine: Engine, here: World, batches: list[Batch], lr: float
+) -> tuple[Counts, float]:
     """One global step on this rank's micro-batches; returns what it held and the gradient norm.
 
     Raises:
@@ -54,15 +56,14 @@ def train_step(engine: Engine, here: World, batches: list[Batch], lr: float) -> 
         loss = engine(batch.to(here.device))
         engine.backward(loss, divisor, last=batch is batches[-1])
         losses.append(loss.detach())
-    counts = Counts(
-        *here.sum(
-            float(torch.stack(losses).double().sum()),
-            sum(labels),
-            sum(b.source.numel() * b.weight for b in batches),
-            sum(sum(b.samples) * b.weight for b in batches) / SAMPLE_RATE,
-            sum(len(b.keys) for b in batches),
-        )
+    loss_sum, labels_sum, tokens, seconds, documents = here.sum(
+        float(torch.stack(losses).double().sum()),
+        sum(labels),
+        sum(b.source.numel() * b.weight for b in batches),
+        sum(sum(b.samples) * b.weight for b in batches) / SAMPLE_RATE,
+        sum(len(b.keys) for b in batches),
     )
+    counts = Counts(loss_sum, labels_sum, tokens, seconds, int(documents))
     if not math.isfinite(counts.loss):
         bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss.item())]
         keys = [key for b in bad for key in b.keys]
@@ -96,7 +97,9 @@ class Trainer:
         self.step = self.epoch = self.epoch_step = 0
         self.skipped: list[dict[str, str]] = []
         self.trained = 0
-        if found is not None:
+        if found is None:
+            self._leave_out(0)
+        else:
             state = found.state
             self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
             self.skipped = list(state.skipped)
@@ -118,12 +121,11 @@ class Trainer:
                         break
                 else:
                     self.epoch, self.epoch_step = self.epoch + 1, 0
+                    self._leave_out(self.epoch)
         if self.step % self.config.train.checkpoint_every:
             self.save()
 
-    def _after(
-        self, counts: Counts, norm: float, lr: float, waited: float, seconds: float
-    ) -> None:
+    def _after(self, counts: Counts, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Book one finished step: position, skips, metrics, checkpoint."""
         if self.tracker is not None:
             self.tracker.log(
@@ -149,8 +151,15 @@ class Trainer:
         if self.step % self.config.train.checkpoint_every == 0:
             self.save()
 
+    def _leave_out(self, epoch: int) -> None:
+        """Book the samples that no bin of `epoch` can hold."""
+        for skip in self.feed.left_out(epoch):
+            self.skipped.append({"epoch": str(epoch), "key": skip.key, "reason": skip.reason})
+            if self.here.rank == 0:
+                console.print(f"skipped {skip.key}: {skip.reason}")
+
     def _count_skips(self, counts: Counts) -> None:
-        self.trained += int(counts.documents)
+        self.trained += counts.documents
         for skip in counts.skipped:
             self.skipped.append({"epoch": str(self.epoch), **skip})
             if self.here.rank == 0:

@@ -75,7 +75,7 @@ def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker 
 
 
 def run(config: cfg.Config, here: World) -> None:
-    feed = open_feed(config, here)
+    feed = open_feed(config)
     found = resume_point(config, feed.digest)
     if found is not None and found.state.step >= config.train.steps:
         if here.rank == 0:

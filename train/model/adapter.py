@@ -12,6 +12,8 @@ from torch import nn
 
 from train.model.lengths import Conv
 from train.ops import Segments, ragged_conv1d
+from train.ops.library import Impl
+from train.ops.ragged_conv1d import Activation
 
 
 def conv_geometry(kernel: int, strides: tuple[int, ...]) -> tuple[Conv, ...]:
@@ -22,7 +24,7 @@ def conv_geometry(kernel: int, strides: tuple[int, ...]) -> tuple[Conv, ...]:
 class RaggedConv(nn.Module):
     """One strided convolution with bias and activation over ragged rows."""
 
-    def __init__(self, channels: int, out: int, geometry: Conv, activation: str, impl: str):
+    def __init__(self, channels: int, out: int, geometry: Conv, activation: Activation, impl: Impl):
         super().__init__()
         self.geometry, self.activation, self.impl = geometry, activation, impl
         width = 2 * out if activation == "glu" else out
@@ -61,7 +63,7 @@ class ConvAdapter(nn.Module):
         kernel: int,
         strides: tuple[int, ...],
         bottleneck: int,
-        impl: str = "auto",
+        impl: Impl = "auto",
     ):
         super().__init__()
         self.geometry = conv_geometry(kernel, strides)
@@ -75,8 +77,7 @@ class ConvAdapter(nn.Module):
 
     def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor:
         """Slots [R, H] of the clips whose frames `segments` finds in `x_NC` [N, C]."""
-        for conv in self.convs:
+        for conv, g in zip(self.convs, self.geometry, strict=True):
             x_NC = conv(x_NC, segments)
-            g = conv.geometry
             segments = segments.conv(g.kernel, g.stride, g.padding)
         return x_NC + self.up(nn.functional.gelu(self.down(x_NC)))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes
 
 NAME = "hearken_packed"
@@ -97,11 +97,16 @@ class PackedBloomAttention(BloomAttention):
         hidden_states: torch.Tensor,
         residual: torch.Tensor,
         alibi: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.packing is None:
-            return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
+            return super().forward(
+                hidden_states, residual, alibi, attention_mask, layer_past, use_cache
+            )
         q, k, v = self._reshape(self.query_key_value(hidden_states))
         slopes = _get_alibi_slopes(self.num_heads, q.device)
         out = per_document(q, k, v, self.packing, scale=self.inv_norm_factor, slopes=slopes)

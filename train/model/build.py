@@ -6,7 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from train import config as cfg
 from train.model import attention
@@ -48,12 +53,19 @@ def load_tokenizer(model: cfg.Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_decoder(model: cfg.Model, dtype: torch.dtype) -> nn.Module:
-    decoder = AutoModelForCausalLM.from_pretrained(
+def load_decoder(
+    model: cfg.Model, dtype: torch.dtype, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The frozen LLM, with its packed mode."""
+    decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code
     )
     attention.prepare(decoder)
-    return decoder.requires_grad_(False).eval()
+    decoder.requires_grad_(False)
+    decoder.eval()
+    if device is not None:
+        torch.nn.Module.to(decoder, device)
+    return decoder
 
 
 def build(

@@ -84,7 +84,9 @@ def front_end(path: str, trust_remote_code: bool = False) -> tuple[Conv, ...]:
         # Mel frames, then the strided second convolution (the first keeps the length).
         return Conv(1, _HOP), Conv(3, 2, 1)
     if hasattr(config, "conv_kernel"):
-        return tuple(Conv(k, s) for k, s in zip(config.conv_kernel, config.conv_stride, strict=True))
+        return tuple(
+            Conv(k, s) for k, s in zip(config.conv_kernel, config.conv_stride, strict=True)
+        )
     raise ValueError(
         f"model.encoder.path {path!r} is a {config.model_type!r} model; "
         "known are Whisper and Wav2Vec2/MMS"

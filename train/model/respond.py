@@ -12,7 +12,7 @@ from data.prompts import Prompt
 from train import config as cfg
 from train.model.build import build, length_rule, load_tokenizer
 from train.model.encoder import Featurize
-from train.model.generate import Answer, generate
+from train.model.generate import generate, to_text
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ class Responder:
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
         )
-        return [self.text(a) for a in answers]
-
-    def text(self, answer: Answer) -> str:
-        return str(self.tokenizer.decode(answer.ids, skip_special_tokens=True)).strip()
+        return [to_text(self.tokenizer, a) for a in answers]
 
 
 def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -113,9 +110,10 @@ def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if params.keys() != weights.keys():
+        extra, missing = weights.keys() - params.keys(), params.keys() - weights.keys()
         raise ValueError(
-            f"checkpoint and model differ: only in the checkpoint {sorted(weights.keys() - params.keys())}"
-            f", only in the model {sorted(params.keys() - weights.keys())}"
+            f"checkpoint and model differ: only in the checkpoint {sorted(extra)}, only in the "
+            f"model {sorted(missing)}"
         )
     with torch.no_grad():
         for name, p in params.items():

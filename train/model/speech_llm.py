@@ -18,6 +18,7 @@ from train.model.adapter import ConvAdapter
 from train.model.attention import Packing, set_packed
 from train.model.encoder import SpeechEncoder
 from train.ops import Segments, pack_embeddings
+from train.ops.library import Impl
 
 if TYPE_CHECKING:
     from data.collate import Batch
@@ -36,14 +37,14 @@ class SpeechEmbeddings(nn.Module):
 
     table: torch.Tensor
 
-    def __init__(self, decoder: PreTrainedModel, gathered: Gathered, impl: str = "auto"):
+    def __init__(self, decoder: PreTrainedModel, gathered: Gathered, impl: Impl = "auto"):
         super().__init__()
         self.impl = impl
         embed = decoder.get_input_embeddings()
         with torch.no_grad(), gathered(list(embed.parameters())):
             # Through the module, not its weight: Gemma and others scale inside it.
-            ids = torch.arange(embed.num_embeddings, device=embed.weight.device)
-            table = torch.cat([embed(part) for part in ids.split(4096)]).clone()
+            ids = torch.arange(decoder.config.vocab_size, device=decoder.device)
+            table = torch.cat([embed(part) for part in ids.split(4096)])
         self.register_buffer("table", table, persistent=False)
         hidden = table.shape[1]
         self.eps = 1e-5

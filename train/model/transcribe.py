@@ -21,9 +21,7 @@ class Transcriber:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         self.whisper = config.model_type == "whisper"
         kind = AutoModelForSpeechSeq2Seq if self.whisper else AutoModelForCTC
-        model = kind.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         self.model = model.to(device).eval()
 
     @torch.no_grad()

@@ -1,0 +1,168 @@
+"""Tiny random checkpoints, corpora and configs in the real formats, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+RATE = 16_000
+WORDS = "the a red green old new cat dog bird house sees finds likes today there well".split()
+SPECIAL = ["<unk>", "<s>", "</s>", "<user>", "<assistant>", ":", "continue", "repeat", "this"]
+PROMPT = "<user> {instruction} : {input} <assistant>"
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+def llm(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+    """A decoder folder; weights are large enough that every input changes every output."""
+    size = len(tokenizer(folder))
+    torch.manual_seed(seed)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    if kind == "llama":
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **ends,
+            )
+        )  # fmt: skip
+    else:
+        model = BloomForCausalLM(
+            BloomConfig(
+                vocab_size=size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **ends
+            )
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def encoder(folder: Path, kind: str = "wav2vec2", seed: int = 0) -> Path:
+    """A speech encoder folder of the MMS kind (20 ms frames) or of the Whisper kind."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "wav2vec2":
+        letters = {
+            c: i for i, c in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])
+        }
+        (folder / "vocab.json").write_text(json.dumps(letters))
+        ctc = Wav2Vec2CTCTokenizer(folder / "vocab.json", pad_token="<pad>", unk_token="<unk>")
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+        Wav2Vec2Processor(extractor, ctc).save_pretrained(folder)
+        config = Wav2Vec2Config(
+            vocab_size=len(letters), hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=32, conv_dim=(16,) * 3, conv_kernel=(10, 8, 4), conv_stride=(8, 8, 5),
+            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True,
+            feat_extract_norm="layer", pad_token_id=0,
+        )  # fmt: skip
+        Wav2Vec2ForCTC(config).save_pretrained(folder)
+        return folder
+    config = WhisperConfig(
+        vocab_size=64, d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16,
+        max_source_positions=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+    return folder
+
+
+def corpus(folder: Path, count: int = 40, seed: int = 0, longest: float = 1.6) -> Path:
+    """A JSONL manifest of noisy tones with sentences of three to six words."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        seconds = rng.uniform(0.3, longest)
+        at = np.arange(int(seconds * RATE)) / RATE
+        wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 2000) * at) + 0.05 * rng.normal(
+            size=len(at)
+        )
+        soundfile.write(folder / f"utt{i:04d}.wav", wave.astype(np.float32), RATE)
+        text = " ".join(rng.choice(WORDS, size=rng.integers(3, 7)))
+        rows.append(
+            {"key": f"utt{i:04d}", "audio": f"utt{i:04d}.wav", "text": text,
+             "language": "en", "speaker": f"s{i % 3}", "split": "train"}
+        )  # fmt: skip
+    manifest = folder / "train.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def config(root: Path, **changes: Any) -> dict[str, Any]:
+    """A run over what the functions above made under `root`; `changes` as `section__key=value`."""
+    tree: dict[str, Any] = {
+        "run": {
+            "name": "tiny", "output": str(root / "run"), "experiment": "tiny",
+            "tracking_uri": f"sqlite:///{root}/mlflow.db",
+        },
+        "model": {
+            "encoder": {"path": str(root / "encoder")},
+            "adapter": {"bottleneck": 8},
+            "decoder": {"path": str(root / "llm")},
+        },
+        "prompt": PROMPT,
+        "data": {
+            "shards": [str(root / "shards" / "train-*.tar")],
+            "targets": [str(root / "targets" / "targets-*.tar")],
+            "tokens_per_bin": 96, "seconds_per_bin": 6.0, "bins_per_step": 4, "workers": 0,
+            "max_seconds": 2.0,
+        },
+        "behave": {
+            "templates": str(root / "prompts.yaml"), "output": str(root / "targets"),
+            "max_new_tokens": 6, "batch_size": 8, "items_per_shard": 16,
+        },
+        "train": {
+            "steps": 6, "lr": 0.01, "precision": "fp32", "checkpoint_every": 2,
+            "engine": "configs/ds/zero3.json",
+        },
+    }  # fmt: skip
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return tree
+
+
+def write_config(path: Path, tree: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def prompts(path: Path) -> Path:
+    rows = [
+        {"name": "continue-1", "task": "continue", "language": "*", "instruction": "continue this"},
+        {"name": "repeat-1", "task": "repeat", "language": "*", "instruction": "repeat this"},
+    ]
+    path.write_text(yaml.safe_dump(rows))
+    return path

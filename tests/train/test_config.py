@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from train import config as cfg
+from train.engine import policy
+
+
+def test_overrides_are_yaml_values(tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path))
+    config = cfg.load(path, ["train.lr=5e-3", "model.adapter.strides=[2, 2]", "run.seed=7"])
+    assert config.train.lr == 5e-3
+    assert config.model.adapter.strides == (2, 2)
+    assert config.run.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'lr'?"),
+        ("model.adapter.bottelneck=1", "did you mean 'bottleneck'?"),
+        ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
+        ("train.lr=fast", "train.lr"),
+        ("train.lr=-1", "found -1"),
+        ("prompt=hello", "prompt must hold {instruction} and {input}"),
+        ("nonsense", "must be of the form"),
+    ],
+)
+def test_a_fault_is_one_clear_line(tmp_path: Path, override: str, said: str) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path))
+    with pytest.raises(cfg.ConfigError) as e:
+        cfg.load(path, [override])
+    assert said in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(cfg.ConfigError, match=r"nowhere\.yaml does not exist"):
+        cfg.load(tmp_path / "nowhere.yaml")
+
+
+def test_resolved_config_parses_to_itself(tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path))
+    config = cfg.load(path)
+    assert cfg.parse(config.resolved(), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1}', "gradient_clipping"),
+        ('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}', "auto"),
+        ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_engine_policy_holds_policy_alone(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    tree = tiny.config(tmp_path, train__engine=str(tmp_path / "ds.json"))
+    with pytest.raises(cfg.ConfigError, match=said):
+        policy(cfg.parse(tree, "tiny").train)
+
+
+def test_shipped_configs_parse(root: Path) -> None:
+    paths = sorted((root / "configs").rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        config = cfg.load(path)
+        policy(config.train)
+        assert yaml.safe_load(path.read_text())["run"]["name"] == config.run.name

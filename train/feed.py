@@ -1,0 +1,74 @@
+"""The run's data: shards, targets and plan, as the configuration names them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data.collate import Batch, Skip
+from data.prompts import Prompt
+from data.shards import Overlay, ShardSet
+from data.stream import Stream
+from train import config as cfg
+from train.engine import World
+from train.model.build import length_rule, load_tokenizer
+from train.model.encoder import Featurize
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches by global step, and what determines their order."""
+
+    stream: Stream
+    digest: str
+    """Hash of everything that the order of the data depends on."""
+
+    def steps(self, here: World, epoch: int, start: int) -> Iterator[list[Batch]]:
+        """This rank's batches of each global step of `epoch`, from step `start` on."""
+        return self.stream.steps(epoch, start, rank=here.rank, world=here.size)
+
+    def left_out(self, epoch: int) -> list[Skip]:
+        """Samples that no bin of this epoch can hold."""
+        return self.stream.skipped(epoch)
+
+    def describe(self) -> str:
+        hours = float(self.stream.shards.num_samples.sum()) / 16_000 / 3600
+        steps = self.stream.steps_in_epoch(0)
+        return f"{len(self.stream.shards)} utterances ({hours:.2f} h), {steps} steps an epoch"
+
+
+def open_feed(config: cfg.Config) -> Feed:
+    """Open shards and targets and lay out the plan; every rank gets the same."""
+    data = config.data
+    shards = ShardSet.open(list(data.shards))
+    targets = Overlay.open(list(data.targets), shards)
+    tokenizer = load_tokenizer(config.model)
+    rule = length_rule(config.model)
+    order = {
+        "seed": config.run.seed,
+        "tokens_per_bin": data.tokens_per_bin,
+        "seconds_per_bin": data.seconds_per_bin,
+        "bins_per_step": data.bins_per_step,
+        "window_shards": data.window_shards,
+    }
+    stream = Stream.build(
+        shards,
+        targets,
+        Prompt(tokenizer, config.prompt),
+        rule,
+        Featurize(config.model.encoder.path),
+        workers=data.workers,
+        **order,  # type: ignore[arg-type]
+    )
+    stream.prefetch = data.prefetch
+    facts = {
+        **order,
+        "shards": shards.digest,
+        "targets": targets.digest,
+        "prompt": config.prompt,
+        "lengths": repr(rule),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Feed(stream, digest)
