@@ -9,12 +9,14 @@ The same rows give the same bytes: times, owners, modes and order are ours. A fi
 its name only when whole, and the index appears last, so an index stands for a finished shard.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,19 +80,37 @@ def write_shard(
     file under its final name.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("wb") as file:
-            written = _write_tar(file, rows, path)
-            os.fsync(file.fileno())
-        table = _index(draft, written, fields, meta)
+    with drafted(path) as file:
+        written = _write_tar(file, rows, path)
+        table = _index(file, written, fields, meta)
         index_path(path).unlink(missing_ok=True)  # an old index never stands beside a new tar
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    _write_table(table, index_path(path))
+    with drafted(index_path(path)) as file:
+        pq.write_table(table, file)
     return len(written)
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes its name only once it is whole and on the disk.
+
+    Raises `ShardError` where another process is writing the same file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    with draft.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"{path}: another process is writing it; let it end") from None
+        try:
+            file.truncate(0)  # what a killed process may have left
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
 
 def read_meta(index: Path) -> dict[str, Any]:
@@ -106,12 +126,6 @@ def read_meta(index: Path) -> dict[str, Any]:
             "build the shard again"
         )
     return meta
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_tar(file: BinaryIO, rows: Iterable[Row], path: Path) -> list[Row]:
@@ -137,10 +151,11 @@ def _write_tar(file: BinaryIO, rows: Iterable[Row], path: Path) -> list[Row]:
 
 
 def _index(
-    tar: Path, rows: list[Row], fields: Mapping[str, pa.DataType], meta: dict[str, Any]
+    tar: BinaryIO, rows: list[Row], fields: Mapping[str, pa.DataType], meta: dict[str, Any]
 ) -> pa.Table:
     """The index of a written tar: where each member lies is read back from the tar itself."""
-    with tarfile.open(tar) as opened:
+    tar.seek(0)
+    with tarfile.open(fileobj=tar) as opened:
         places = {info.name: (info.offset_data, info.size) for info in opened}
     members = sorted({member for row in rows for member in row.members})
     columns: dict[str, pa.Array] = {
@@ -153,18 +168,8 @@ def _index(
         found = [places.get(f"{row.key}.{member}", (-1, 0)) for row in rows]
         columns[column(member, "offset")] = pa.array([at for at, _ in found], pa.int64())
         columns[column(member, "size")] = pa.array([size for _, size in found], pa.int64())
-    own = {"format": FORMAT, "tar_bytes": tar.stat().st_size, "tar_sha256": sha256(tar)}
+    tar.seek(0)
+    sha256 = hashlib.file_digest(tar, "sha256").hexdigest()  # type: ignore[arg-type]
+    own = {"format": FORMAT, "tar_bytes": tar.tell(), "tar_sha256": sha256}
     table = pa.table(columns)
     return table.replace_schema_metadata({_META: json.dumps(meta | own, sort_keys=True).encode()})
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -38,6 +38,11 @@ class LengthTable:
         self._slots = np.asarray(rule.slots(shards.num_samples), dtype=np.int64)
         self._target_tokens = _flat_ints(targets) + _prompt_tokens(per_target, prompt)
 
+    def refused(self) -> dict[int, str]:
+        """Samples that an adapter makes nothing of, with the reason."""
+        short = np.flatnonzero(self._slots < 1)
+        return dict.fromkeys(short.tolist(), "too short: the length rule gives it 0 adapter slots")
+
     def target_of(self, epoch: int) -> np.ndarray:
         """[N] int64: the number of the target that each sample takes in this epoch."""
         return (self._first.astype(np.int64) + epoch) % self._counts

@@ -8,7 +8,7 @@ exact integers, so that no bin goes over either.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,7 +35,8 @@ class Plan:
 
     `shard_of` [N] int64 is each sample's shard, not decreasing; `num_samples` [N] int64 its
     length at 16 kHz; `cost_tokens` its LLM positions, [N] int64, or a function of the epoch that
-    gives them. Raises `ValueError` on arguments that do not fit.
+    gives them; `refused` are samples to leave out, with the reason. Raises `ValueError` on
+    arguments that do not fit.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Plan:
         seconds_per_bin: float,
         bins_per_step: int,
         window_shards: int = 16,
+        refused: Mapping[int, str] | None = None,
     ):
         sizes = {
             "tokens_per_bin": tokens_per_bin,
@@ -70,6 +72,7 @@ class Plan:
         self._window_shards = window_shards
         self._num_samples = np.asarray(num_samples, dtype=np.int64)
         self._cost_tokens = cost_tokens
+        self._refused = dict(refused or {})
         edges = np.flatnonzero(np.diff(shard_of)) + 1
         self._shard_starts = np.concatenate([[0], edges, [len(shard_of)]]).astype(np.int64)
         self._layouts: OrderedDict[int, _Layout] = OrderedDict()
@@ -97,10 +100,12 @@ class Plan:
             yield self.step(epoch, i)
 
     def skipped(self, epoch: int) -> list[tuple[int, str]]:
-        """Samples that no bin can hold in this epoch, with the reason."""
+        """Samples left out of this epoch, with the reason: refused, or more than a bin holds."""
         tokens = self._tokens(epoch)
-        reasons: list[tuple[int, str]] = []
+        reasons = list(self._refused.items())
         for i in np.flatnonzero(self._costs(epoch) > self._capacity).tolist():
+            if i in self._refused:
+                continue
             found = [
                 f"{kind} {value:g} over the budget of {limit:g} per bin"
                 for kind, value, limit in (
@@ -114,7 +119,7 @@ class Plan:
                 if value > limit
             ]
             reasons.append((i, ", ".join(found)))
-        return reasons
+        return sorted(reasons)
 
     @property
     def _capacity(self) -> int:
@@ -138,11 +143,12 @@ class Plan:
 
     def _lay_out(self, epoch: int) -> _Layout:
         costs = self._costs(epoch)
+        taken = costs <= self._capacity
+        taken[list(self._refused)] = False
         bins: list[np.ndarray] = []
         carried = np.empty(0, dtype=np.int64)
         for number, fresh in enumerate(self._windows(epoch)):
-            fresh = fresh[costs[fresh] <= self._capacity]
-            window = np.concatenate([carried, fresh])
+            window = np.concatenate([carried, fresh[taken[fresh]]])
             steps, carried = self._pack_window(window, len(carried), costs, epoch, number)
             bins += steps
         # The rest of the epoch: whatever bins it takes, the last step being filled up with none.

@@ -26,7 +26,6 @@ from data.targets import parse_targets
 Featurize = Callable[[np.ndarray], np.ndarray]
 T = TypeVar("T")
 _RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds
-_DUMMY_SAMPLES = SAMPLE_RATE // 2
 
 
 @dataclass
@@ -75,6 +74,7 @@ class Stream:
             seconds_per_bin=seconds_per_bin,
             bins_per_step=bins_per_step,
             window_shards=window_shards,
+            refused=lengths.refused(),
         )
         return cls(shards, targets, prompt, rule, featurize, lengths, plan, workers)
 
@@ -83,7 +83,7 @@ class Stream:
         return self.plan.steps_in_epoch(epoch)
 
     def skipped(self, epoch: int) -> list[Skip]:
-        """Samples that this epoch's plan leaves out because no bin can hold them."""
+        """Samples that this epoch's plan leaves out: too long for a bin, too short for a slot."""
         return [Skip(self.shards.key(i), reason) for i, reason in self.plan.skipped(epoch)]
 
     def steps(
@@ -137,6 +137,14 @@ def make_clip(wave: np.ndarray, rule: LengthRule, featurize: Featurize) -> Clip:
     return Clip(featurize(wave), samples, int(rule.frames(samples)), int(rule.slots(samples)))
 
 
+def silent_clip(rule: LengthRule, featurize: Featurize) -> Clip:
+    """A short clip of silence, long enough for an adapter slot."""
+    samples = SAMPLE_RATE // 4
+    while rule.slots(samples) < 1:
+        samples *= 2
+    return make_clip(np.zeros(samples, np.float32), rule, featurize)
+
+
 class _BinReader(Dataset):
     """Item n is batch n of one rank, counted from the step that it starts at."""
 
@@ -171,8 +179,7 @@ class _BinReader(Dataset):
         where = {"epoch": self._epoch, "step": step, "bin": number}
         if documents:
             return collate(documents, clips, keys=keys, skipped=skipped, **where)
-        silence = make_clip(np.zeros(_DUMMY_SAMPLES, np.float32), stream.rule, stream.featurize)
-        return dummy_batch(silence, skipped=skipped, **where)
+        return dummy_batch(silent_clip(stream.rule, stream.featurize), skipped=skipped, **where)
 
 
 def _retried(read: Callable[[], T], shard: str, i: int, stream: Stream) -> T:
