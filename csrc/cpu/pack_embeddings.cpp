@@ -245,6 +245,7 @@ Tensor pack_embeddings(
     Tensor table, Tensor speech, Tensor source, Tensor ln_weight, Tensor ln_bias, double eps,
     ScalarType dtype) {
   const Tensor plan = torch::stable::contiguous(source);
+  check_packing(table, speech, plan, ln_weight, ln_bias);
   check_sources(read<int64_t>(plan), plan.size(0), table.size(0), speech.size(0));
   return dispatch_sum(table, speech, [&](auto sum) {
     return forward<decltype(sum)>(
@@ -257,6 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_embeddings_backward(
     Tensor grad, Tensor table, Tensor speech, Tensor source, Tensor ln_weight, Tensor ln_bias,
     double eps, bool need_table, bool need_speech, bool need_ln) {
   const Tensor plan = torch::stable::contiguous(source);
+  check_packing(table, speech, plan, ln_weight, ln_bias);
   check_sources(read<int64_t>(plan), plan.size(0), table.size(0), speech.size(0));
   const Tensor grad_rows = with_contiguous_rows(grad);
   return dispatch_sum(table, speech, [&](auto sum) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {

@@ -9,58 +9,37 @@
 namespace hearken {
 namespace {
 
-// Big enough to keep the GEMM at its full rate, small enough to stay in the last-level cache.
-constexpr int64_t kPanelBytes = 8 << 20;
+// A panel has rows enough to keep the GEMM at its full rate, and where its rows are short, as many
+// as stay in the second-level cache.
+constexpr int64_t kPanelRows = 1024;
+constexpr int64_t kPanelBytes = 2 << 20;
 // The gradient of the weight wants all rows at once; beyond this, it takes fewer taps at a time.
 constexpr int64_t kTapPanelBytes = 64 << 20;
 
-// One side of the convolution: rows of a flat tensor, and the segments that they lie in.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t pitch;
-  int64_t channels;
-  const int64_t* starts;
-  const int64_t* lengths;
-};
-
-// Copies a window of a segment, as the GEMM's type; zeros stand for what is beyond the borders.
+// Copies the window's rows as the GEMM's type; zeros stand for those that do not exist.
 template <class T, class G>
-void copy_window(const Rows<T>& from, int64_t segment, Window window, G* to) {
-  const int64_t length = from.lengths[segment];
-  const int64_t begin = std::clamp<int64_t>(-window.first, 0, window.count);
-  const int64_t end = std::clamp<int64_t>(length - window.first, begin, window.count);
-  const int64_t channels = from.channels;
-  std::fill(to, to + begin * channels, G(0.0f));
-  const T* row = from.data + (from.starts[segment] + window.first + begin) * from.pitch;
-  if (from.pitch == channels) {
-    convert(row, to + begin * channels, (end - begin) * channels);
-  } else {
-    for (int64_t i = begin; i < end; ++i, row += from.pitch)
-      convert(row, to + i * channels, channels);
-  }
-  std::fill(to + end * channels, to + window.count * channels, G(0.0f));
+void copy_window(const T* data, int64_t channels, const Window& window, int64_t count, G* to) {
+  std::fill(to, to + window.begin * channels, G(0.0f));
+  convert(
+      data + (window.row + window.begin) * channels, to + window.begin * channels,
+      (window.end - window.begin) * channels);
+  std::fill(to + window.end * channels, to + count * channels, G(0.0f));
 }
 
-// Fills rows [begin, end) of a panel; `window_of(position)` names the window of a row, `row_starts`
-// says which segment the row is in and at which position.
+// Fills a panel of `rows` windows of `count` rows each; `window_of(i)` names the i-th.
 template <class T, class G, class F>
 void gather(
-    const Rows<T>& from, const int64_t* row_starts, int64_t segments, int64_t begin, int64_t end,
-    int64_t width, G* panel, const F& window_of) {
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, width));
-  parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
-    int64_t segment = segment_of(row_starts, segments, first);
+    const T* data, int64_t channels, int64_t rows, int64_t count, G* panel, const F& window_of) {
+  const int64_t width = count * channels;
+  parallel_for(0, rows, 65536 / (width + 1) + 1, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      while (segment + 1 < segments && row_starts[segment + 1] <= row) ++segment;
-      copy_window(
-          from, segment, window_of(row - row_starts[segment]), panel + (row - begin) * width);
+      copy_window(data, channels, window_of(row), count, panel + row * width);
     }
   });
 }
 
-int64_t rows_per_panel(int64_t width, int64_t item_bytes, int64_t limit_bytes) {
-  return std::max<int64_t>(64, limit_bytes / std::max<int64_t>(1, width * item_bytes));
+int64_t rows_per_panel(int64_t width, int64_t item_bytes, int64_t rows) {
+  return std::min(rows, std::max(kPanelRows, kPanelBytes / (width * item_bytes + 1)));
 }
 
 template <class T>
@@ -97,18 +76,17 @@ void activate_backward(
 // T is the type of the tensors, G that of the GEMM.
 template <class T, class G>
 std::tuple<Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& starts,
-    const Tensor& lengths, const Tensor& out_starts, int64_t out_rows, const Conv& conv,
-    Activation activation, bool keep) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Segments& segments, int64_t out_rows, const Conv& conv, Activation activation,
+    bool keep) {
+  const int64_t channels = x.size(1);
   const int64_t out_channels = weight.size(0);
-  const int64_t width = conv.kernel * x.size(1);
+  const int64_t width = conv.kernel * channels;
   const int64_t y_channels = activation == Activation::glu ? out_channels / 2 : out_channels;
-  const Rows<T> from{
-      read<T>(x), x.stride(0), x.size(1), read<int64_t>(starts), read<int64_t>(lengths)};
+  const int64_t block = rows_per_panel(width, sizeof(G), out_rows);
 
   Tensor y = torch::stable::new_empty(x, {out_rows, y_channels});
   Tensor kept = torch::stable::new_empty(x, {keep ? out_rows : 0, out_channels});
-  const int64_t block = std::min(rows_per_panel(width, sizeof(G), kPanelBytes), out_rows);
   Tensor panel = torch::stable::new_empty(x, {block, width}, dtype_of<G>());
   Tensor sums = torch::stable::new_empty(x, {block, out_channels}, dtype_of<G>());
   const Tensor weight_g = torch::stable::to(weight, dtype_of<G>());
@@ -117,9 +95,9 @@ std::tuple<Tensor, Tensor> forward(
 
   for (int64_t begin = 0; begin < out_rows; begin += block) {
     const int64_t rows = std::min(block, out_rows - begin);
-    gather(
-        from, read<int64_t>(out_starts), out_starts.size(0), begin, begin + rows, width,
-        write<G>(panel), [&](int64_t position) { return conv.inputs(position, 0, conv.kernel); });
+    gather(read<T>(x), channels, rows, conv.kernel, write<G>(panel), [&](int64_t row) {
+      return conv.inputs(segments, begin + row);
+    });
     // Where the sums are wanted as they are, they go there at once.
     T* kept_rows = write<T>(kept) + (keep ? begin * out_channels : 0);
     T* y_rows = write<T>(y) + begin * y_channels;
@@ -141,21 +119,23 @@ std::tuple<Tensor, Tensor> forward(
     multiply(
         {write<G>(panel), dtype_of<G>(), rows, width, width}, weight_matrix.transposed(),
         {sum_rows, dtype_of<G>(), rows, out_channels, out_channels}, bias.has_value());
+    if (std::is_same_v<T, G> && activation == Activation::none) continue;
     parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
-      std::vector<T> rounded(std::is_same_v<T, G> ? 0 : out_channels);
+      // Rounded to T before the activation, as the backward will see them.
+      std::vector<T> rounded(out_channels);
       for (int64_t row = first; row < last; ++row) {
-        const G* from_row = sum_rows + row * out_channels;
-        if constexpr (!std::is_same_v<T, G>) {
-          if (keep) convert(from_row, kept_rows + row * out_channels, out_channels);
+        const G* from = sum_rows + row * out_channels;
+        T* to = y_rows + row * y_channels;
+        if constexpr (std::is_same_v<T, G>) {
+          activate(from, to, out_channels, activation);
+        } else {
+          convert(from, rounded.data(), out_channels);
+          if (keep) convert(rounded.data(), kept_rows + row * out_channels, out_channels);
           if (activation == Activation::none) {
-            convert(from_row, y_rows + row * y_channels, y_channels);
-            continue;
+            convert(rounded.data(), to, out_channels);
+          } else {
+            activate(rounded.data(), to, out_channels, activation);
           }
-          // Through T and back, so that forward and backward see the same sums.
-          convert(from_row, rounded.data(), out_channels);
-          activate(rounded.data(), y_rows + row * y_channels, out_channels, activation);
-        } else if (activation != Activation::none) {
-          activate(from_row, y_rows + row * y_channels, out_channels, activation);
         }
       }
     });
@@ -184,49 +164,55 @@ Tensor column_sums(const Tensor& like, const G* rows, int64_t count, int64_t cha
   return torch::stable::to(total, dtype_of<T>());
 }
 
+// The taps of one phase in the order in which a window meets them: [taps, D, C] of [D, K, C].
+template <class G>
+Tensor taps_of_phase(const Tensor& weight, const Conv& conv, int64_t phase) {
+  const int64_t out_channels = weight.size(0);
+  const int64_t channels = weight.size(2);
+  Tensor taps = torch::stable::new_empty(weight, {conv.taps(phase), out_channels, channels});
+  parallel_for(0, taps.size(0) * out_channels, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t tap = conv.tap_of(phase, i / out_channels);
+      const int64_t from = ((i % out_channels) * conv.kernel + tap) * channels;
+      convert(read<G>(weight) + from, write<G>(taps) + i * channels, channels);
+    }
+  });
+  return taps;
+}
+
 // Input rows of one phase meet the same taps, so each phase is a GEMM of its own, over windows of
 // the gradient's rows.
 template <class T, class G>
 Tensor backward_x(
-    const Tensor& x, const Tensor& weight_g, const Rows<G>& grad, const Tensor& starts,
-    const Tensor& lengths, const Tensor& group_starts, int64_t groups, const Conv& conv) {
+    const Tensor& x, const Tensor& weight, const G* grad, const Segments& segments, int64_t groups,
+    const Conv& conv) {
   const int64_t channels = x.size(1);
-  const int64_t out_channels = grad.channels;
-  const int64_t segments = starts.size(0);
+  const int64_t out_channels = weight.size(0);
+  const Tensor weight_g = torch::stable::to(weight, dtype_of<G>());
   Tensor grad_x = torch::stable::new_zeros(x, {x.size(0), channels});
   for (int64_t phase = 0; phase < conv.stride; ++phase) {
     const int64_t taps = conv.taps(phase);
     const int64_t width = taps * out_channels;
-    if (taps == 0 || groups == 0) continue;
-    // [taps, D, C], in the order in which a window meets them.
-    Tensor taps_g = torch::stable::new_empty(weight_g, {taps, out_channels, channels});
-    parallel_for(0, width, 64, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t tap = conv.tap_of_output(phase, i / out_channels);
-        const int64_t from = ((i % out_channels) * conv.kernel + tap) * channels;
-        convert(read<G>(weight_g) + from, write<G>(taps_g) + i * channels, channels);
-      }
-    });
-    const int64_t block = std::min(rows_per_panel(width, sizeof(G), kPanelBytes), groups);
+    if (taps == 0) continue;
+    const Tensor phase_weight = taps_of_phase<G>(weight_g, conv, phase);
+    const int64_t block = rows_per_panel(width, sizeof(G), groups);
     Tensor panel = torch::stable::new_empty(weight_g, {block, width});
     Tensor product = torch::stable::new_empty(weight_g, {block, channels});
     for (int64_t begin = 0; begin < groups; begin += block) {
       const int64_t rows = std::min(block, groups - begin);
-      gather(
-          grad, read<int64_t>(group_starts), segments, begin, begin + rows, width, write<G>(panel),
-          [&](int64_t group) { return conv.outputs(group * conv.stride + phase); });
+      gather(grad, out_channels, rows, taps, write<G>(panel), [&](int64_t row) {
+        return conv.outputs(segments, phase, begin + row);
+      });
       multiply(
           {write<G>(panel), dtype_of<G>(), rows, width, width},
-          {read<G>(taps_g), dtype_of<G>(), width, channels, channels},
+          {read<G>(phase_weight), dtype_of<G>(), width, channels, channels},
           {write<G>(product), dtype_of<G>(), rows, channels, channels});
       parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
-          const int64_t segment = segment_of(read<int64_t>(group_starts), segments, begin + row);
-          const int64_t group = begin + row - read<int64_t>(group_starts)[segment];
-          const int64_t position = group * conv.stride + phase;
-          if (position >= read<int64_t>(lengths)[segment]) continue;
-          const int64_t to = read<int64_t>(starts)[segment] + position;
-          convert(read<G>(product) + row * channels, write<T>(grad_x) + to * channels, channels);
+          const int64_t target = conv.outputs(segments, phase, begin + row).target;
+          if (target < 0) continue;
+          convert(
+              read<G>(product) + row * channels, write<T>(grad_x) + target * channels, channels);
         }
       });
     }
@@ -236,23 +222,27 @@ Tensor backward_x(
 
 template <class T, class G>
 Tensor backward_weight(
-    const Rows<T>& from, const Tensor& weight, const G* grad, const Tensor& out_starts,
+    const Tensor& x, const Tensor& weight, const G* grad, const Segments& segments,
     int64_t out_rows, const Conv& conv) {
-  const int64_t channels = from.channels;
+  const int64_t channels = x.size(1);
   const int64_t out_channels = weight.size(0);
   const int64_t width = conv.kernel * channels;
   if (out_rows == 0) return torch::stable::new_zeros(weight, {out_channels, conv.kernel, channels});
   Tensor grad_weight =
       torch::stable::new_empty(weight, {out_channels, conv.kernel, channels}, dtype_of<G>());
-  const int64_t tap_bytes = std::max<int64_t>(1, out_rows * channels * sizeof(G));
+  const int64_t tap_bytes = out_rows * channels * sizeof(G) + 1;
   const int64_t taps = std::clamp<int64_t>(kTapPanelBytes / tap_bytes, 1, conv.kernel);
   Tensor panel = torch::stable::new_empty(weight, {out_rows, taps * channels}, dtype_of<G>());
+  const Matrix grad_matrix{grad, dtype_of<G>(), out_rows, out_channels, out_channels};
   for (int64_t tap = 0; tap < conv.kernel; tap += taps) {
     const int64_t count = std::min(taps, conv.kernel - tap);
-    gather(
-        from, read<int64_t>(out_starts), out_starts.size(0), 0, out_rows, count * channels,
-        write<G>(panel), [&](int64_t position) { return conv.inputs(position, tap, count); });
-    const Matrix grad_matrix{grad, dtype_of<G>(), out_rows, out_channels, out_channels};
+    gather(read<T>(x), channels, out_rows, count, write<G>(panel), [&](int64_t row) {
+      // The part [tap, tap + count) of the row's window.
+      const Window whole = conv.inputs(segments, row);
+      const int64_t begin = clamp_to(whole.begin - tap, 0, count);
+      const int64_t end = clamp_to(whole.end - tap, begin, count);
+      return Window{whole.row + tap, row, int32_t(begin), int32_t(end)};
+    });
     multiply(
         grad_matrix.transposed(),
         {read<G>(panel), dtype_of<G>(), out_rows, count * channels, count * channels},
@@ -265,48 +255,31 @@ Tensor backward_weight(
 template <class T, class G>
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& kept,
-    const Tensor& starts, const Tensor& lengths, const Tensor& out_starts,
-    const Tensor& group_starts, int64_t groups, const Conv& conv, Activation activation,
-    bool need_x, bool need_weight, bool need_bias) {
+    const Segments& segments, int64_t groups, const Conv& conv, Activation activation, bool need_x,
+    bool need_weight, bool need_bias) {
   const int64_t out_channels = weight.size(0);
   const int64_t out_rows = grad_y.size(0);
-  const Tensor y_rows = torch::stable::contiguous(grad_y);
 
   // The gradient of the sums: where no activation stands between, it is the one that came in.
-  const G* grad;
-  Tensor grad_sums;
-  if (std::is_same_v<T, G> && activation == Activation::none) {
-    grad = read<G>(y_rows);
-  } else {
+  Tensor grad_sums = grad_y;
+  if (!std::is_same_v<T, G> || activation != Activation::none) {
     grad_sums = torch::stable::new_empty(x, {out_rows, out_channels}, dtype_of<G>());
     parallel_for(0, out_rows, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         activate_backward(
-            read<T>(y_rows) + row * grad_y.size(1), read<T>(kept) + row * kept.size(1),
+            read<T>(grad_y) + row * grad_y.size(1),
+            activation == Activation::none ? nullptr : read<T>(kept) + row * out_channels,
             write<G>(grad_sums) + row * out_channels, out_channels, activation);
       }
     });
-    grad = read<G>(grad_sums);
   }
+  const G* grad = read<G>(grad_sums);
 
   Tensor grad_x = torch::stable::new_empty(x, {0});
   Tensor grad_weight = torch::stable::new_empty(x, {0});
   Tensor grad_bias = torch::stable::new_empty(x, {0});
-  if (need_x) {
-    std::vector<int64_t> out_lengths(lengths.size(0));
-    for (size_t i = 0; i < out_lengths.size(); ++i)
-      out_lengths[i] = conv.output_length(read<int64_t>(lengths)[i]);
-    const Rows<G> rows{
-        grad, out_channels, out_channels, read<int64_t>(out_starts), out_lengths.data()};
-    grad_x = backward_x<T, G>(
-        x, torch::stable::to(weight, dtype_of<G>()), rows, starts, lengths, group_starts, groups,
-        conv);
-  }
-  if (need_weight) {
-    const Rows<T> rows{
-        read<T>(x), x.stride(0), x.size(1), read<int64_t>(starts), read<int64_t>(lengths)};
-    grad_weight = backward_weight<T, G>(rows, weight, grad, out_starts, out_rows, conv);
-  }
+  if (need_x) grad_x = backward_x<T, G>(x, weight, grad, segments, groups, conv);
+  if (need_weight) grad_weight = backward_weight<T, G>(x, weight, grad, segments, out_rows, conv);
   if (need_bias) grad_bias = column_sums<T, G>(x, grad, out_rows, out_channels);
   return {grad_x, grad_weight, grad_bias};
 }
@@ -335,51 +308,66 @@ auto dispatch_conv(ScalarType dtype, F&& f) {
   });
 }
 
-// The device knows the segments only as numbers: on the CPU, reading them is free, so what would
-// read or write outside x is refused here too.
-void check_segments(
+// On the CPU, reading the segments is free, so what would reach outside x is refused.
+Segments check_segments(
     const Tensor& x, const Tensor& starts, const Tensor& lengths, const Tensor& out_starts,
-    int64_t out_rows, const Conv& conv) {
+    const Tensor& group_starts, int64_t out_rows, int64_t groups, const Conv& conv) {
+  const int64_t count = starts.dim() == 1 ? starts.size(0) : -1;
+  check_plan(x, starts, count, "starts");
+  check_plan(x, lengths, count, "lengths");
+  check_plan(x, out_starts, count, "out_starts");
+  check_plan(x, group_starts, count, "group_starts");
+  const Segments segments{
+      read<int64_t>(starts), read<int64_t>(lengths), read<int64_t>(out_starts),
+      read<int64_t>(group_starts), count};
   int64_t out = 0;
-  for (int64_t i = 0; i < starts.size(0); ++i) {
-    const int64_t start = read<int64_t>(starts)[i];
-    const int64_t length = read<int64_t>(lengths)[i];
+  int64_t group = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = segments.starts[i];
+    const int64_t length = segments.lengths[i];
     STD_TORCH_CHECK(
         start >= 0 && length >= 0 && start + length <= x.size(0), "segments must lie in the ",
         x.size(0), " rows of x, but segment ", i, " is rows ", start, " to ", start + length, ".");
     STD_TORCH_CHECK(
-        read<int64_t>(out_starts)[i] == out, "out_starts[", i, "] must be ", out, ", but is ",
-        read<int64_t>(out_starts)[i], ".");
+        segments.out_starts[i] == out && segments.group_starts[i] == group, "out_starts[", i,
+        "] and group_starts[", i, "] must be ", out, " and ", group, ".");
     out += conv.output_length(length);
+    group += conv.groups(length);
   }
   STD_TORCH_CHECK(out == out_rows, "out_rows must be ", out, ", but is ", out_rows, ".");
+  STD_TORCH_CHECK(group == groups, "groups must be ", group, ", but is ", groups, ".");
+  return segments;
 }
 
 std::tuple<Tensor, Tensor> ragged_conv1d(
     Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor starts, Tensor lengths,
-    Tensor out_starts, Tensor, int64_t out_rows, int64_t, int64_t stride, int64_t padding,
-    int64_t activation, bool keep) {
+    Tensor out_starts, Tensor group_starts, int64_t out_rows, int64_t groups, int64_t stride,
+    int64_t padding, int64_t activation, bool keep) {
+  check_conv(x, weight, bias, stride, padding, activation);
   const Conv conv{weight.size(1), stride, padding};
-  check_segments(x, starts, lengths, out_starts, out_rows, conv);
-  const Tensor rows = with_contiguous_rows(x);
+  const Segments segments =
+      check_segments(x, starts, lengths, out_starts, group_starts, out_rows, groups, conv);
   return dispatch_conv(x.scalar_type(), [&](auto t, auto g) {
     return forward<decltype(t), decltype(g)>(
-        rows, torch::stable::contiguous(weight), bias, starts, lengths, out_starts, out_rows, conv,
-        Activation(activation), keep);
+        torch::stable::contiguous(x), torch::stable::contiguous(weight), bias, segments, out_rows,
+        conv, Activation(activation), keep);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> ragged_conv1d_backward(
-    Tensor grad, Tensor x, Tensor weight, Tensor kept, Tensor starts, Tensor lengths,
+    Tensor grad, Tensor x, Tensor weight, Tensor sums, Tensor starts, Tensor lengths,
     Tensor out_starts, Tensor group_starts, int64_t groups, int64_t stride, int64_t padding,
     int64_t activation, bool need_x, bool need_weight, bool need_bias) {
+  check_conv(x, weight, std::nullopt, stride, padding, activation);
+  check_conv_backward(grad, x, weight, sums, activation);
   const Conv conv{weight.size(1), stride, padding};
-  check_segments(x, starts, lengths, out_starts, grad.size(0), conv);
-  const Tensor rows = with_contiguous_rows(x);
+  const Segments segments =
+      check_segments(x, starts, lengths, out_starts, group_starts, grad.size(0), groups, conv);
   return dispatch_conv(x.scalar_type(), [&](auto t, auto g) {
     return backward<decltype(t), decltype(g)>(
-        grad, rows, torch::stable::contiguous(weight), kept, starts, lengths, out_starts,
-        group_starts, groups, conv, Activation(activation), need_x, need_weight, need_bias);
+        torch::stable::contiguous(grad), torch::stable::contiguous(x),
+        torch::stable::contiguous(weight), sums, segments, groups, conv, Activation(activation),
+        need_x, need_weight, need_bias);
   });
 }
 

@@ -17,17 +17,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/checks.h"
+#include "../common/sum.h"
+
 namespace hearken {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
-using torch::stable::Tensor;
-
-// Sums are float, and double where the data is.
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 constexpr ScalarType dtype_of() {
@@ -35,24 +32,6 @@ constexpr ScalarType dtype_of() {
   if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
   if constexpr (std::is_same_v<T, BFloat16>) return ScalarType::BFloat16;
   if constexpr (std::is_same_v<T, Half>) return ScalarType::Half;
-}
-
-// Calls f with a value of the C++ type of `dtype`.
-template <class F>
-auto dispatch(ScalarType dtype, const char* argument, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      STD_TORCH_CHECK(false, argument, " must be float32, bfloat16, float16 or float64.");
-      return f(float{});
-  }
 }
 
 template <class T>
