@@ -19,7 +19,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -144,7 +144,9 @@ def _padded_conv(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tenso
     return F.gelu(F.conv1d(x.transpose(1, 2), weight, bias, STRIDE, PADDING)).transpose(1, 2) * mask
 
 
-def pack_runs(vocabulary: int, hidden: int, dtype: torch.dtype, device: str) -> dict[str, Run]:
+def pack_runs(
+    vocabulary: int, hidden: int, dtype: torch.dtype, device: str
+) -> dict[str, Run | _Moves]:
     draw = random.Random(0)
     slots = [max(1, n // 8) for n in librispeech_lengths()]
     texts = [(draw.randint(8, 24), draw.randint(16, 64)) for _ in slots]
@@ -224,7 +226,7 @@ class _Moves:
 
 
 def measure(
-    report: Report, case: str, runs: dict[str, Run | _Moves], rounds: int, device: str
+    report: Report, case: str, runs: Mapping[str, Run | _Moves], rounds: int, device: str
 ) -> None:
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"forward": [], "backward": [], "forward_backward": []} for name in runs
@@ -249,7 +251,11 @@ def measure(
 
 def _time(run: Run | _Moves, device: str) -> tuple[float, float]:
     if isinstance(run, _Moves):
-        return tuple(_clock(lambda p=p: run.move(p), device) for p in ("forward", "backward"))
+        moves = run
+        return (
+            _clock(lambda: moves.move("forward"), device),
+            _clock(lambda: moves.move("backward"), device),
+        )
     made: list[tuple[Tensor, Sequence[Tensor]]] = []
     forward = _clock(lambda: made.append(run()), device)
     y, wanted = made[0]

@@ -3,7 +3,8 @@
 //
 // starts, lengths, out_starts, group_starts: int64 [S]; out_starts and group_starts are those of
 // packed segments, so the segment of a row is found in them by bisection.
-// keep_sums: also return what the activation was made of, for the backward; else it is empty.
+// keep_sums: also return what an activation was made of, which its gradient wants; else, and where
+// there is no activation, `sums` has no rows.
 // activation: 0 none, 1 gelu, 2 glu. Gradients that are not needed come back empty.
 
 #include <torch/csrc/stable/library.h>

@@ -350,7 +350,7 @@ std::tuple<Tensor, Tensor> ragged_conv1d(
   return dispatch_conv(x.scalar_type(), [&](auto t, auto g) {
     return forward<decltype(t), decltype(g)>(
         torch::stable::contiguous(x), torch::stable::contiguous(weight), bias, segments, out_rows,
-        conv, Activation(activation), keep);
+        conv, Activation(activation), keep && Activation(activation) != Activation::none);
   });
 }
 

@@ -47,6 +47,10 @@ def ragged_conv1d(
     Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError when
     `impl="fused"` is asked for and not built.
     """
+    if torch.is_autocast_enabled(x.device.type):  # as autocast does for nn.Conv1d
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias, segments, stride, padding, activation)
     if not library.use_fused("ragged_conv1d", impl, x.device.type):
         return ragged_conv1d_reference(
@@ -68,8 +72,7 @@ def ragged_conv1d(
         stride,
         padding,
         ACTIVATIONS[activation],
-        # Only a gradient through an activation wants the sums again.
-        activation != "none" and _wants_grad(x, weight, bias),
+        _wants_grad(x, weight, bias),
     )
     return y, out
 
@@ -175,7 +178,7 @@ def _fake(
     halved = activation == ACTIVATIONS["glu"]
     return (
         x.new_empty(out_rows, channels // 2 if halved else channels),
-        x.new_empty(out_rows if keep_sums else 0, channels),
+        x.new_empty(out_rows if keep_sums and activation else 0, channels),
     )
 
 
