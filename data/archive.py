@@ -27,7 +27,6 @@ from webdataset import TarWriter
 
 FORMAT = 1
 _META = b"hearken"
-_MAX_KEY_BYTES = 80  # with its extension it stays within the 100 bytes of a plain tar header
 _KEY = re.compile(r"(?!/)[^.\x00-\x1f\x7f]+(?<!/)")
 
 
@@ -55,8 +54,6 @@ def key_fault(key: str) -> str | None:
             f"key {key!r} must be non-empty, without '.' (webdataset takes what follows as the "
             "extension), control characters, and '/' at either end"
         )
-    if len(key.encode("utf-8", "surrogatepass")) > _MAX_KEY_BYTES:
-        return f"key {key!r} is longer than {_MAX_KEY_BYTES} bytes"
     return None
 
 

@@ -38,9 +38,10 @@ class Ledger:
             self._append(facts)
         elif (begun := _parse(first, path)) != facts:
             other = {k: begun.get(k) for k in facts if begun.get(k) != facts[k]}
+            asked = {k: facts[k] for k in other}
             raise LedgerError(
-                f"{path}: was begun with {other}, but now it is { ({k: facts[k] for k in other}) }; "
-                "give what it was begun with, or another file"
+                f"{path}: was begun with {other}, but now it is {asked}; give what it was begun "
+                "with, or another file"
             )
         if last is not None:
             line = _parse(last, path)
@@ -85,7 +86,8 @@ def _ends(file: BinaryIO) -> tuple[bytes | None, bytes | None, int]:
         file.seek(max(len(first), size - reach))
         tail, reach = file.read(), reach * 2
     whole = tail[: tail.rfind(b"\n") + 1]
-    return first, (whole.splitlines() or [None])[-1], size - len(tail) + len(whole)
+    last = whole.splitlines()[-1] if whole else None
+    return first, last, size - len(tail) + len(whole)
 
 
 def _parse(line: bytes, path: Path) -> dict[str, Any]:

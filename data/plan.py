@@ -19,7 +19,7 @@ from data.draws import draws
 from data.packing import best_fit
 
 _EPOCHS_KEPT = 2
-_JITTER = 256  # costs are scaled by 1024..1279 / 1024 before sorting: bins differ between epochs
+_JITTER = 128  # costs are scaled by 1024..1151 / 1024 before sorting: bins differ between epochs
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,21 @@ class Plan:
         random = draws(len(window) * 2, self._seed, epoch, number + 1)
         noise, random = np.split(random, 2)
         jittered = costs[window] * (1024 + (noise % _JITTER).astype(np.int64))
-        by_length = np.lexsort((noise, -jittered))
+        # Those that have waited go first, so that the others fill up their bins.
+        fresh = np.arange(len(window)) >= carried
+        by_length = np.lexsort((noise, -jittered, fresh))
         packed = best_fit(costs[window[by_length]], self._capacity)
         bins = [by_length[items] for items in packed]
         fill = np.array([costs[window[items]].sum() for items in bins], dtype=np.int64)
-        waited = np.array([items.min() < carried for items in bins], dtype=bool)
+        waited = np.array([not fresh[items].all() for items in bins], dtype=bool)
         # In front the bins to keep, the fullest first by whole per cents; those of samples that
         # have waited before all others, so that none is put off for ever.
         grade = -(fill * 100 // self._capacity)
         keep = np.lexsort((random[: len(bins)], grade, ~waited))
-        whole = len(bins) if carried < 0 else len(bins) // self.bins_per_step * self.bins_per_step
+        # At least one bin waits, the last and emptiest.
+        whole = max(0, len(bins) - 1) // self.bins_per_step * self.bins_per_step
+        if carried < 0:
+            whole = len(bins)
         kept, put_off = keep[:whole], keep[whole:]
         kept = kept[np.argsort(grade[kept], kind="stable")]
         steps = [kept[a : a + self.bins_per_step] for a in range(0, whole, self.bins_per_step)]

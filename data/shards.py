@@ -146,10 +146,10 @@ class ShardSet:
         raw = self._sources[self.shard_name(i)].read_at(offset - _TAR_BLOCK, _TAR_BLOCK + size)
         if len(raw) < _TAR_BLOCK + size:
             raise ContentError(f"truncated tar: {member} ends after {len(raw)} bytes")
-        name = raw[:100].rstrip(b"\0").decode(errors="replace")
-        prefix = raw[345:500].rstrip(b"\0").decode(errors="replace")
-        if (f"{prefix}/{name}" if prefix else name) != f"{self.key(i)}.{member}":
-            raise ContentError(f"the index does not match its tar: found {name!r} in its place")
+        # The plain header's name; names that it cannot hold stand whole in a PAX header before it.
+        name = f"{self.key(i)}.{member}".encode("ascii", "replace")[:100]
+        if raw[:100].rstrip(b"\0") != name:
+            raise ContentError("the index does not match its tar: another member is in its place")
         return raw[_TAR_BLOCK:]
 
     def read_json(self, i: int, member: str = "json") -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""The ledger: what it says was walked is exactly that, whenever the process was killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import walk
+from data.ledger import Ledger, LedgerError, committed
+from tests.data import made
+
+BUDGET = ("--seconds-per-bin", "2", "--bins-per-step", "3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("walk")
+    made.shards(folder, [11, 8, 0, 13])
+    return folder
+
+
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def run(*arguments: object) -> int:
+    return walk.main([*map(str, arguments), *BUDGET])
+
+
+def test_every_world_walks_the_same_steps(folder, capsys) -> None:
+    seen = []
+    for world in (1, 2, 5):
+        assert run(folder, "--world", world) == 0
+        found = lines(capsys)
+        assert [line["rank"] for line in found[:world]] == list(range(world))
+        steps: dict[int, set] = {}
+        for line in found:
+            steps.setdefault(line["step"], set()).update(line["keys"])
+        seen.append(steps)
+    assert seen[0] == seen[1] == seen[2]
+    assert sum(map(len, seen[0].values())) == 32
+
+
+def test_state_continues_and_ledger_tells(folder, tmp_path, capsys) -> None:
+    state = tmp_path / "state"
+    for world in (1, 4, 2):
+        assert run(folder, "--world", world, "--steps", 1, "--state", state) == 0
+    assert run(folder, "--state", state) == 0
+    walked: dict[int, list] = {}
+    for line in lines(capsys):
+        walked.setdefault(line["step"], []).extend(line["keys"])
+    assert run("--ledger", "--state", state) == 0
+    told = lines(capsys)
+    assert [(line["epoch"], line["step"]) for line in told] == [(0, n) for n in range(len(walked))]
+    assert all(sorted(line["keys"]) == sorted(walked[line["step"]]) for line in told)
+    assert run(folder, "--state", state) == 0
+    assert lines(capsys) == []
+    assert run(folder, "--state", state, "--epoch", 2) == 1
+    assert run(folder, "--state", state, "--epoch", 1, "--steps", 1) == 0
+    assert lines(capsys)[0]["epoch"] == 1
+
+
+def test_another_order_does_not_continue_a_ledger(folder, tmp_path, capsys) -> None:
+    state = tmp_path / "state"
+    assert run(folder, "--steps", 1, "--state", state) == 0
+    assert run(folder, "--steps", 1, "--state", state, "--seed", 1) == 1
+    assert "begun with {'seed': 0}, but now it is {'seed': 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_half_a_line_is_no_line(tmp_path, cut) -> None:
+    ledger = Ledger(tmp_path / "l", {"a": 1})
+    ledger.commit(["x"])
+    ledger.commit(["y" * 30])
+    ledger.close()
+    os.truncate(tmp_path / "l", (tmp_path / "l").stat().st_size - cut)
+    assert [line["keys"] for line in committed(tmp_path / "l")] == [["x"]]
+    again = Ledger(tmp_path / "l", {"a": 1})
+    assert (again.epoch, again.step) == (0, 1)
+    again.commit(["z"])
+    assert [line["keys"] for line in committed(tmp_path / "l")] == [["x"], ["z"]]
+
+
+@pytest.mark.parametrize("left", [0, 1, 7])
+def test_ledger_killed_at_its_first_line_begins_anew(tmp_path, left) -> None:
+    Ledger(tmp_path / "l", {"a": 1}).close()
+    os.truncate(tmp_path / "l", left)
+    ledger = Ledger(tmp_path / "l", {"a": 1})
+    ledger.commit(["x"])
+    assert [line["keys"] for line in committed(tmp_path / "l")] == [["x"]]
+
+
+def test_long_lines_and_one_writer(tmp_path) -> None:
+    ledger = Ledger(tmp_path / "l", {})
+    for n in range(3):
+        ledger.commit([f"{n}" * 200_000])
+    with pytest.raises(LedgerError, match="another process"):
+        Ledger(tmp_path / "l", {})
+    ledger.close()
+    assert Ledger(tmp_path / "l", {}).step == 3
+
+
+def test_no_ledger(tmp_path, capsys) -> None:
+    assert run("--ledger", "--state", tmp_path / "none") == 1
+    assert "no such ledger" in capsys.readouterr().err
+    (tmp_path / "bad").write_text("{}\nnot json\n")
+    assert run("--ledger", "--state", tmp_path / "bad") == 1
+
+
+def test_killed_at_random_moments_the_ledger_is_the_corpus(folder, tmp_path, capsys) -> None:
+    state, draw = tmp_path / "state", random.Random(0)
+    kills = 0
+    for _ in range(40):
+        arguments = ["--world", str(draw.randint(1, 5)), "--state", str(state), *BUDGET]
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, str(folder), *arguments], stdout=subprocess.DEVNULL
+        )
+        before = state.stat().st_size if state.exists() else 0
+        while process.poll() is None and (not state.exists() or state.stat().st_size == before):
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 2
+    assert run("--ledger", "--state", state) == 0
+    keys = [key for line in lines(capsys) for key in line["keys"]]
+    assert run(folder) == 0
+    assert sorted(keys) == sorted(key for line in lines(capsys) for key in line["keys"])
+
+
+# The walk, with a pause after each line, so that there is something to kill.
+SLOW = """
+import sys, time
+from data import walk
+shown = walk._print
+walk._print = lambda line: (shown(line), time.sleep(0.02))
+sys.exit(walk.main())
+"""
