@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -26,6 +28,8 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
+
+from data.build import main as build_shards
 
 RATE = 16_000
 WORDS = "the a red green old new cat dog bird house sees finds likes today there well".split()
@@ -56,12 +60,19 @@ def llm(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
                 num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **ends,
             )
         )  # fmt: skip
-    else:
+    elif kind == "bloom":
         model = BloomForCausalLM(
             BloomConfig(
                 vocab_size=size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **ends
             )
         )
+    else:  # learned absolute positions: the family that notices a wrong position id
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
+                n_positions=256, **ends,
+            )
+        )  # fmt: skip
     model.save_pretrained(folder)
     return folder
 
@@ -117,6 +128,17 @@ def corpus(folder: Path, count: int = 40, seed: int = 0, longest: float = 1.6) -
     manifest = folder / "train.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return manifest
+
+
+def shards(root: Path, count: int = 40, per_shard: int = 10) -> Path:
+    """Build shards by the command that users have, from a corpus made on the spot."""
+    manifest = corpus(root / "corpus", count)
+    status = build_shards(
+        ["manifest", str(manifest), str(root / "shards"), "--samples-per-shard", str(per_shard),
+         "--workers", "1", "--language", "en"]
+    )  # fmt: skip
+    assert status == 0
+    return root / "shards"
 
 
 def config(root: Path, **changes: Any) -> dict[str, Any]:

@@ -12,11 +12,34 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.audio import decode, is_silent
+import numpy as np
+
+from data.audio import AudioError, decode, is_silent
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import guarded
+from train.model.build import length_rule
+from train.model.lengths import LengthRule
 from train.model.respond import Question, Responder
+
+
+def record(path: Path, max_seconds: float, rule: LengthRule) -> np.ndarray:
+    """A recording as the model hears it.
+
+    Raises:
+        AudioError: it cannot be heard, naming the file.
+    """
+    try:
+        wave = decode(path, max_seconds=max_seconds)
+    except FileNotFoundError:
+        raise AudioError(f"{path} does not exist") from None
+    except AudioError as e:
+        raise AudioError(f"{path}: {e}") from None
+    if rule.slots(len(wave)) == 0:
+        raise AudioError(f"{path}: {len(wave) / 16:.0f} ms is too short for the encoder")
+    if is_silent(wave):
+        print(f"warning: {path} is silent", file=sys.stderr)
+    return wave
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,10 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = ckpt.find(args.model)
     config = cfg.parse(found.state.config, str(found.path))
-    waves = [decode(path, max_seconds=config.data.max_seconds) for path in args.audio]
-    for path, wave in zip(args.audio, waves, strict=True):
-        if is_silent(wave):
-            print(f"warning: {path} is silent", file=sys.stderr)
+    rule = length_rule(config.model)
+    waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
     responder = Responder(config, found.weights, args.device)
     questions = [Question(args.instruction, slots) for slots in responder.listen(waves)]
     for answer in responder.answer(questions, max_new_tokens=args.max_new_tokens):

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests import tiny
+from tests.launch import launch
+from train import checkpoint as ckpt
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Tiny shards, models and targets; runs are made beside them."""
+
+    root: Path
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """A run of its own, with its own output and tracking database."""
+        tree = tiny.config(self.root, train__steps=STEPS, **changes)
+        folder = self.root / name
+        tree["run"] |= {
+            "name": name, "output": str(folder), "tracking_uri": f"sqlite:///{folder}.db",
+        }  # fmt: skip
+        return tiny.write_config(self.root / f"{name}.yaml", tree)
+
+    def curve(self, name: str, metric: str = "train/loss") -> list[tuple[int, float]]:
+        """(step, value) of every point logged in the one run of its tracking database."""
+        client = mlflow.MlflowClient(f"sqlite:///{self.root / name}.db")
+        (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+        (run,) = client.search_runs([experiment.experiment_id])
+        history = client.get_metric_history(run.info.run_id, metric)
+        return sorted((m.step, m.value) for m in history)
+
+    def checkpoint(self, name: str) -> ckpt.Checkpoint:
+        return ckpt.find(self.root / name)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Shards by `data.build`, targets by stage 1 on two ranks."""
+    root = tmp_path_factory.mktemp("workspace")
+    tiny.shards(root)
+    tiny.encoder(root / "encoder")
+    tiny.llm(root / "llm")
+    tiny.prompts(root / "prompts.yaml")
+    here = Workspace(root)
+    launch("train/behave.py", here.config("targets-run"), ranks=2)
+    return here
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(workspace: Workspace) -> str:
+    """The name of a two-rank run that nothing disturbed."""
+    launch("train/main.py", workspace.config("uninterrupted"), ranks=2)
+    return "uninterrupted"
+
+
+@pytest.fixture(scope="session")
+def tasks(workspace: Workspace) -> Path:
+    """A task file over the training shards: repeat, with the transcript as answer."""
+    rows = [json.loads(line) for line in (workspace.root / "corpus/train.jsonl").open()]
+    path = workspace.root / "tasks.jsonl"
+    with path.open("w") as out:
+        for row in rows[:10]:
+            for task, metric in (("repeat", "wer"), ("translate", "bleu"), ("what", "exact")):
+                item = {
+                    "key": row["key"], "task": task, "language": "en", "wording": "seen",
+                    "instruction": "repeat this", "answer": row["text"], "metric": metric,
+                }  # fmt: skip
+                out.write(json.dumps(item) + "\n")
+    return path

@@ -1,0 +1,92 @@
+"""Evaluation and `listen.py`, on an adapter that a real run has trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import soundfile
+
+from tests.launch import launch, python
+from tests.train.conftest import Workspace
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def evaluated(workspace: Workspace, uninterrupted: str, tasks: Path) -> list[dict]:
+    tree_path = workspace.root / f"{uninterrupted}.yaml"
+    rows = workspace.root / "rows.json"
+    shards = workspace.root / "shards" / "train-*.tar"
+    launch(
+        "train/evaluate.py", tree_path, "--checkpoint", workspace.root / uninterrupted,
+        "--json", rows, "--set", f"evaluate={{shards: ['{shards}'], tasks: '{tasks}', "
+        "batch_size: 4, max_new_tokens: 5, samples: 3, "
+        "inputs: [speech, text, cascade, shuffled, none]}", ranks=2,
+    )  # fmt: skip
+    return json.loads(rows.read_text())
+
+
+def test_every_task_is_scored_for_every_input(evaluated: list[dict]) -> None:
+    assert all(
+        set(row) == {"task", "language", "input", "metric", "value", "count"} for row in evaluated
+    )
+    cells = {(r["task"], r["input"], r["language"]): r["count"] for r in evaluated}
+    for task in ("repeat", "translate", "what"):
+        for kind in ("speech", "text", "cascade", "shuffled", "none"):
+            assert cells[task, kind, "all"] == cells[task, kind, "en"] == 10
+
+
+def test_the_tracker_has_scores_table_and_clips(
+    evaluated: list[dict], workspace: Workspace, uninterrupted: str
+) -> None:
+    uri = f"sqlite:///{workspace.root / uninterrupted}.db"
+    client = mlflow.MlflowClient(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [r for r in runs if r.data.tags["hearken.stage"] == "evaluate"]
+    by_id = {r.info.run_id: r for r in runs}
+    assert by_id[run.data.tags["hearken.trained_by"]].data.tags["hearken.stage"] == "train"
+    assert "eval/speech/repeat_wer" in run.data.metrics
+    paths = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"samples.json", "evaluation.json", "samples"} <= paths
+    assert len(client.list_artifacts(run.info.run_id, "samples")) == 3
+
+
+def listen(workspace: Workspace, run: str, audio: Path, fails: bool = False) -> str:
+    return python(
+        "train/listen.py", workspace.root / run, audio, "--instruction", "repeat this",
+        "--max-new-tokens", "5", fails=fails,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "rate", "channels"), [("wav", 8_000, 1), ("mp3", 44_100, 2)])
+def test_listen_takes_any_recording(
+    workspace: Workspace, uninterrupted: str, tmp_path: Path, suffix: str, rate: int, channels: int
+) -> None:
+    wave = 0.1 * np.random.default_rng(0).normal(size=(rate, channels))
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, wave, rate)
+    assert listen(workspace, uninterrupted, path).strip()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"no audio at all", "not audio"), (None, "does not exist"), ("short", "too short")],
+)
+def test_listen_says_what_is_wrong_in_one_line(
+    workspace: Workspace, uninterrupted: str, tmp_path: Path, content: bytes | str | None, said: str
+) -> None:
+    path = tmp_path / "a.wav"
+    if content == "short":
+        soundfile.write(path, 0.1 * np.ones(50), RATE)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    out = listen(workspace, uninterrupted, path, fails=True)
+    assert "Traceback" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert said in line
+    assert "a.wav" in line

@@ -1,0 +1,137 @@
+"""Real runs through the real launcher: ranks, kills, resumes, the tracker."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.launch import launch, start
+from tests.train.conftest import STEPS, Workspace
+
+
+def kill_at(workspace: Workspace, name: str, ranks: int, seed: int, after: int) -> None:
+    """SIGKILL the whole run at a random moment after checkpoint number `after` appeared."""
+    config = workspace.config(name)
+    log = workspace.root / f"{name}.log"
+    process = start("train/main.py", config, ranks=ranks, log=log)
+    folder = workspace.root / name / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not any(int(p.name[5:]) >= after for p in folder.glob("step-*")):
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    # Somewhere within the next steps, between checkpoints as likely as at one.
+    time.sleep(random.Random(seed).uniform(0, 0.4))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not any(int(p.name[5:]) == STEPS for p in folder.glob("step-*")), "killed too late"
+
+
+def same_weights(workspace: Workspace, one: str, other: str) -> bool:
+    a, b = workspace.checkpoint(one), workspace.checkpoint(other)
+    assert a.weights.keys() == b.weights.keys()
+    return all(
+        torch.equal(x[name], y[name])
+        for x, y in ((a.weights, b.weights), (a.moments, b.moments))
+        for name in x
+    )
+
+
+def test_every_step_is_tracked_once(workspace: Workspace, uninterrupted: str) -> None:
+    assert [step for step, _ in workspace.curve(uninterrupted)] == list(range(STEPS))
+    assert workspace.checkpoint(uninterrupted).state.step == STEPS
+
+
+def test_training_lowers_the_loss(workspace: Workspace, uninterrupted: str) -> None:
+    losses = [loss for _, loss in workspace.curve(uninterrupted)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(
+    workspace: Workspace, uninterrupted: str
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    kill_at(workspace, "killed", 2, seed, after=4)
+    said = launch("train/main.py", workspace.config("killed"), ranks=2)
+    assert "from the start" not in said
+    assert workspace.curve("killed") == workspace.curve(uninterrupted)
+    assert same_weights(workspace, "killed", uninterrupted)
+
+
+def test_killed_before_any_checkpoint_starts_again_in_the_same_tracker_run(
+    workspace: Workspace, uninterrupted: str
+) -> None:
+    config = workspace.config("early", train__checkpoint_every=STEPS)
+    log = workspace.root / "early.log"
+    process = start("train/main.py", config, ranks=2, log=log)
+    # The run is in the tracker, its first steps may be, a checkpoint is not.
+    while not (workspace.root / "early" / "tracker.json").exists():
+        assert process.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    launch("train/main.py", config, ranks=2)
+    assert workspace.curve("early") == workspace.curve(uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def one_rank(workspace: Workspace) -> str:
+    launch("train/main.py", workspace.config("one"), ranks=1)
+    return "one"
+
+
+def test_two_ranks_equal_one(workspace: Workspace, uninterrupted: str, one_rank: str) -> None:
+    # The same bins in another order of summation: float32 rounding of sums of some thousand
+    # terms, growing as Adam feeds it back over the steps.
+    for metric, first, later in (("train/loss", 2e-6, 2e-4), ("train/grad_norm", 2e-5, 2e-3)):
+        pairs = zip(
+            workspace.curve(uninterrupted, metric), workspace.curve(one_rank, metric), strict=True
+        )
+        for (step, two), (_, one) in pairs:
+            assert two == pytest.approx(one, rel=later if step else first), (metric, step)
+    labels = [workspace.curve(name, "data/label_tokens") for name in (uninterrupted, one_rank)]
+    assert labels[0] == labels[1]
+
+
+def test_first_gradient_is_the_same_on_one_two_and_three_ranks(workspace: Workspace) -> None:
+    # After one step Adam's first moment is a tenth of the (clipped) gradient, whole. Four bins
+    # on three ranks leave two of them with a dummy.
+    found = {}
+    for ranks in (1, 2, 3):
+        name = f"first-{ranks}"
+        config = workspace.config(name, train__checkpoint_every=1)
+        launch("train/main.py", config, "--set", "train.steps=1", ranks=ranks)
+        found[ranks] = workspace.checkpoint(name).moments
+    for ranks in (2, 3):
+        for name, one in found[1].items():
+            if name.startswith("exp_avg/"):
+                torch.testing.assert_close(found[ranks][name], one, rtol=1e-4, atol=1e-8)
+
+
+def test_changed_data_order_is_refused(workspace: Workspace, uninterrupted: str) -> None:
+    config = workspace.root / f"{uninterrupted}.yaml"
+    said = launch(
+        "train/main.py", config, "--set", "run.seed=9", "--set", f"train.steps={STEPS + 2}",
+        ranks=1, fails=True,
+    )  # fmt: skip
+    assert "was trained on another order of data" in said
+    assert "Traceback" not in said
+
+
+def test_bfloat16_resumes_exactly_too(workspace: Workspace) -> None:
+    bf16 = {"train__precision": "bf16", "train__checkpoint_every": 2}
+    parts = workspace.config("half-parts", **bf16)
+    # The schedule is a function of `train.steps`; a constant one lets a run be cut short.
+    flat = ["--set", "train.schedule=constant"]
+    launch("train/main.py", parts, *flat, "--set", "train.steps=2", ranks=2)
+    launch("train/main.py", parts, *flat, "--set", "train.steps=4", ranks=2)
+    whole = workspace.config("half-whole", **bf16)
+    launch("train/main.py", whole, *flat, "--set", "train.steps=4", ranks=2)
+    assert same_weights(workspace, "half-whole", "half-parts")
+    assert workspace.curve("half-whole") == workspace.curve("half-parts")
