@@ -84,7 +84,7 @@ def librispeech_lengths(count: int = 32, seed: int = 0) -> list[int]:
 
 def conv_runs(
     channels: int, out_channels: int, dtype: torch.dtype, device: str, compiled: bool
-) -> dict[str, Run]:
+) -> dict[str, Run | _Moves]:
     lengths = librispeech_lengths()
     weight = _leaf(out_channels, KERNEL, channels, scale=0.02, dtype=dtype, device=device)
     plain = weight.detach().transpose(1, 2).contiguous().requires_grad_()
@@ -126,7 +126,7 @@ def conv_runs(
         ys = [F.gelu(F.conv1d(s.t()[None], plain, bias, STRIDE, PADDING)[0].t()) for s in sequences]
         return torch.cat(ys), (*sequences, plain, bias)
 
-    runs: dict[str, Run] = {
+    runs: dict[str, Run | _Moves] = {
         "hearken": ours,
         "floor_matmul": lambda: (F.linear(panel, matrix), (panel, matrix)),
         "floor_conv": lambda: (F.conv1d(long, plain, None, STRIDE, PADDING), (long, plain)),

@@ -29,12 +29,10 @@ class Rows {
       using T = decltype(type);
       item_ = sizeof(T);
       load_ = [](const void* data, int64_t at, A* to, int64_t count) {
-        const T* from = static_cast<const T*>(data) + at;
-        for (int64_t i = 0; i < count; ++i) to[i] = A(static_cast<Sum<T>>(from[i]));
+        convert(static_cast<const T*>(data) + at, to, count);
       };
       store_ = [](const A* from, void* data, int64_t at, int64_t count) {
-        T* to = static_cast<T*>(data) + at;
-        for (int64_t i = 0; i < count; ++i) to[i] = T(static_cast<Sum<T>>(from[i]));
+        convert(from, static_cast<T*>(data) + at, count);
       };
     });
   }
@@ -53,27 +51,46 @@ class Rows {
   Store<A> store_;
 };
 
-// Sums over a row in 16 lanes: a fixed order that vectorises without leave to reorder.
-template <class A, class F>
-A sum_over(int64_t count, const F& term) {
-  constexpr int64_t kLanes = 16;
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += term(i + lane);
-  for (; i < count; ++i) lanes[i % kLanes] += term(i);
-  return std::accumulate(lanes, lanes + kLanes, A(0));
-}
-
-// Turns a row into (row - mean) / std; returns 1 / std.
+// Sums over a row in 64 lanes: a fixed order that vectorises without leave to reorder.
 template <class A>
-A normalise(A* row, int64_t count, double eps) {
-  const A mean = sum_over<A>(count, [&](int64_t i) { return row[i]; }) / A(count);
+class LaneSum {
+ public:
+  // Calls term(i) for every i < count, in order, and adds what it returns.
+  template <class F>
+  static A of(int64_t count, const F& term) {
+    LaneSum sum;
+    for_lanes(count, [&](int64_t i, int64_t lane) { sum.add(lane, term(i)); });
+    return sum.total();
+  }
+
+  template <class F>
+  static void for_lanes(int64_t count, const F& f) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) f(i + lane, lane);
+    for (; i < count; ++i) f(i, i % kLanes);
+  }
+
+  void add(int64_t lane, A value) { lanes_[lane] += value; }
+  A total() const { return std::accumulate(lanes_, lanes_ + kLanes, A(0)); }
+
+ private:
+  static constexpr int64_t kLanes = 64;
+  A lanes_[kLanes] = {};
+};
+
+template <class A>
+struct Moments {
+  A mean, rstd;
+};
+
+template <class A>
+Moments<A> moments(const A* row, int64_t count, double eps) {
+  const A mean = LaneSum<A>::of(count, [&](int64_t i) { return row[i]; }) / A(count);
   const A variance =
-      sum_over<A>(count, [&](int64_t i) { return (row[i] - mean) * (row[i] - mean); }) / A(count);
-  const A rstd = A(1) / std::sqrt(variance + A(eps));
-  for (int64_t i = 0; i < count; ++i) row[i] = (row[i] - mean) * rstd;
-  return rstd;
+      LaneSum<A>::of(count, [&](int64_t i) { return (row[i] - mean) * (row[i] - mean); }) /
+      A(count);
+  return {mean, A(1) / std::sqrt(variance + A(eps))};
 }
 
 template <class A>
@@ -95,11 +112,41 @@ void check_sources(const int64_t* source, int64_t positions, int64_t vocabulary,
 }
 
 template <class A>
+void layer_norm(
+    A* __restrict row, const A* __restrict weight, const A* __restrict bias, int64_t count,
+    double eps) {
+  const Moments<A> of = moments(row, count, eps);
+  for (int64_t i = 0; i < count; ++i) row[i] = (row[i] - of.mean) * of.rstd * weight[i] + bias[i];
+}
+
+// Turns a row of the gradient into that of the speech row `normed`, which becomes LayerNorm's
+// output before weight and bias; adds to the row's shares of their gradients.
+template <class A>
+void layer_norm_backward(
+    A* __restrict grad, A* __restrict normed, const A* __restrict weight,
+    A* __restrict weight_share, A* __restrict bias_share, int64_t count, double eps) {
+  const Moments<A> of = moments(normed, count, eps);
+  LaneSum<A> sum, sum_normed;
+  LaneSum<A>::for_lanes(count, [&](int64_t i, int64_t lane) {
+    normed[i] = (normed[i] - of.mean) * of.rstd;
+    weight_share[i] += grad[i] * normed[i];
+    bias_share[i] += grad[i];
+    grad[i] *= weight[i];
+    sum.add(lane, grad[i]);
+    sum_normed.add(lane, grad[i] * normed[i]);
+  });
+  const A mean = sum.total() / A(count);
+  const A mean_normed = sum_normed.total() / A(count);
+  for (int64_t i = 0; i < count; ++i)
+    grad[i] = layer_norm_slope(grad[i], normed[i], of.rstd, mean, mean_normed);
+}
+
+template <class A>
 Tensor forward(
     const Tensor& table, const Tensor& speech, const int64_t* source, int64_t positions,
     const Tensor& ln_weight, const Tensor& ln_bias, double eps, ScalarType dtype) {
   const int64_t hidden = table.size(1);
-  Tensor out = torch::stable::new_empty(table, {positions, hidden}, dtype);
+  Tensor out = allocate(table, {positions, hidden}, dtype);
   const Rows<A> text_rows(table, "table");
   const Rows<A> speech_rows(speech, "speech");
   const Rows<A> out_rows(out, "dtype");
@@ -118,8 +165,7 @@ Tensor forward(
         text_rows.load(from.text_row(), row.data());
       } else {
         speech_rows.load(from.speech_row(), row.data());
-        normalise(row.data(), hidden, eps);
-        for (int64_t i = 0; i < hidden; ++i) row[i] = row[i] * weight[i] + bias[i];
+        layer_norm(row.data(), weight.data(), bias.data(), hidden, eps);
       }
       out_rows.store(t, row.data());
     }
@@ -150,7 +196,7 @@ SpeechGrads backward_speech(
     position = t;
   }
 
-  Tensor grad_speech = torch::stable::new_empty(speech, {need_speech ? count : 0, hidden});
+  Tensor grad_speech = allocate(speech, {need_speech ? count : 0, hidden});
   const Rows<A> grad_rows(grad, "grad");
   const Rows<A> speech_rows(speech, "speech");
   const Rows<A> grad_speech_rows(grad_speech, "speech");
@@ -171,19 +217,10 @@ SpeechGrads backward_speech(
           continue;
         }
         speech_rows.load(r, normed.data());
-        const A rstd = normalise(normed.data(), hidden, eps);
         grad_rows.load(position_of[r], back.data());
-        for (int64_t i = 0; i < hidden; ++i) {
-          weight_share[i] += back[i] * normed[i];
-          bias_share[i] += back[i];
-          back[i] *= weight[i];
-        }
+        layer_norm_backward(
+            back.data(), normed.data(), weight.data(), weight_share, bias_share, hidden, eps);
         if (!need_speech) continue;
-        const A mean = sum_over<A>(hidden, [&](int64_t i) { return back[i]; }) / A(hidden);
-        const A mean_normed =
-            sum_over<A>(hidden, [&](int64_t i) { return back[i] * normed[i]; }) / A(hidden);
-        for (int64_t i = 0; i < hidden; ++i)
-          back[i] = layer_norm_slope(back[i], normed[i], rstd, mean, mean_normed);
         grad_speech_rows.store(r, back.data());
       }
     }
@@ -192,8 +229,8 @@ SpeechGrads backward_speech(
   std::vector<A> totals(2 * hidden, A(0));
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t i = 0; i < 2 * hidden; ++i) totals[i] += shares[block * 2 * hidden + i];
-  Tensor grad_weight = torch::stable::new_empty(ln_weight, {1, hidden});
-  Tensor grad_bias = torch::stable::new_empty(ln_bias, {1, hidden});
+  Tensor grad_weight = allocate(ln_weight, {1, hidden});
+  Tensor grad_bias = allocate(ln_bias, {1, hidden});
   Rows<A>(grad_weight, "ln_weight").store(0, totals.data());
   Rows<A>(grad_bias, "ln_bias").store(0, totals.data() + hidden);
   return {
@@ -263,18 +300,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_embeddings_backward(
   const Tensor grad_rows = with_contiguous_rows(grad);
   return dispatch_sum(table, speech, [&](auto sum) -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using A = decltype(sum);
-    Tensor grad_table = torch::stable::new_empty(table, {0});
-    SpeechGrads grads{
-        torch::stable::new_empty(speech, {0}), torch::stable::new_empty(ln_weight, {0}),
-        torch::stable::new_empty(ln_bias, {0})};
+    Tensor grad_table = allocate(table, {0});
+    SpeechGrads grads{allocate(speech, {0}), allocate(ln_weight, {0}), allocate(ln_bias, {0})};
     if (need_table) grad_table = backward_table<A>(grad_rows, table, read<int64_t>(plan));
     if (need_speech || need_ln) {
       grads = backward_speech<A>(
           grad_rows, with_contiguous_rows(speech), read<int64_t>(plan), ln_weight, ln_bias, eps,
           need_speech);
     }
-    if (!need_speech) grads.speech = torch::stable::new_empty(speech, {0});
-    if (!need_ln) grads.ln_weight = grads.ln_bias = torch::stable::new_empty(ln_weight, {0});
+    if (!need_speech) grads.speech = allocate(speech, {0});
+    if (!need_ln) grads.ln_weight = grads.ln_bias = allocate(ln_weight, {0});
     return {grad_table, grads.speech, grads.ln_weight, grads.ln_bias};
   });
 }

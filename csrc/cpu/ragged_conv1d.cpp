@@ -43,32 +43,33 @@ int64_t rows_per_panel(int64_t width, int64_t item_bytes, int64_t rows) {
 }
 
 template <class T>
-void activate(const T* sums, T* y, int64_t channels, Activation activation) {
+void activate(const T* __restrict sums, T* __restrict y, int64_t channels, Activation activation) {
   using A = Sum<T>;
   if (activation == Activation::gelu) {
-    for (int64_t i = 0; i < channels; ++i) y[i] = T(gelu(A(sums[i])));
+    for (int64_t i = 0; i < channels; ++i) y[i] = rounded<T>(gelu(A(sums[i])));
   } else {
     const int64_t half = channels / 2;
-    for (int64_t i = 0; i < half; ++i) y[i] = T(A(sums[i]) * sigmoid(A(sums[half + i])));
+    for (int64_t i = 0; i < half; ++i) y[i] = rounded<T>(A(sums[i]) * sigmoid(A(sums[half + i])));
   }
 }
 
 // The gradient of one row's sums, as the GEMM's type.
 template <class T, class G>
 void activate_backward(
-    const T* grad, const T* sums, G* out, int64_t channels, Activation activation) {
+    const T* __restrict grad, const T* __restrict sums, G* __restrict out, int64_t channels,
+    Activation activation) {
   using A = Sum<T>;
   if (activation == Activation::none) {
     convert(grad, out, channels);
   } else if (activation == Activation::gelu) {
-    for (int64_t i = 0; i < channels; ++i) out[i] = G(A(grad[i]) * gelu_slope(A(sums[i])));
+    for (int64_t i = 0; i < channels; ++i) out[i] = rounded<G>(A(grad[i]) * gelu_slope(A(sums[i])));
   } else {
     const int64_t half = channels / 2;
     for (int64_t i = 0; i < half; ++i) {
       const A gate = sigmoid(A(sums[half + i]));
       const A by_gate = A(grad[i]) * gate;
-      out[i] = G(by_gate);
-      out[half + i] = G(by_gate * (A(1) - gate) * A(sums[i]));
+      out[i] = rounded<G>(by_gate);
+      out[half + i] = rounded<G>(by_gate * (A(1) - gate) * A(sums[i]));
     }
   }
 }
@@ -85,10 +86,10 @@ std::tuple<Tensor, Tensor> forward(
   const int64_t y_channels = activation == Activation::glu ? out_channels / 2 : out_channels;
   const int64_t block = rows_per_panel(width, sizeof(G), out_rows);
 
-  Tensor y = torch::stable::new_empty(x, {out_rows, y_channels});
-  Tensor kept = torch::stable::new_empty(x, {keep ? out_rows : 0, out_channels});
-  Tensor panel = torch::stable::new_empty(x, {block, width}, dtype_of<G>());
-  Tensor sums = torch::stable::new_empty(x, {block, out_channels}, dtype_of<G>());
+  Tensor y = allocate(x, {out_rows, y_channels});
+  Tensor kept = allocate(x, {keep ? out_rows : 0, out_channels});
+  Tensor panel = allocate(x, {block, width}, dtype_of<G>());
+  Tensor sums = allocate(x, {block, out_channels}, dtype_of<G>());
   const Tensor weight_g = torch::stable::to(weight, dtype_of<G>());
   const Matrix weight_matrix{read<G>(weight_g), dtype_of<G>(), out_channels, width, width};
   const Tensor bias_g = torch::stable::to(bias.value_or(kept), dtype_of<G>());
@@ -122,19 +123,19 @@ std::tuple<Tensor, Tensor> forward(
     if (std::is_same_v<T, G> && activation == Activation::none) continue;
     parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
       // Rounded to T before the activation, as the backward will see them.
-      std::vector<T> rounded(out_channels);
+      std::vector<T> as_kept(out_channels);
       for (int64_t row = first; row < last; ++row) {
         const G* from = sum_rows + row * out_channels;
         T* to = y_rows + row * y_channels;
         if constexpr (std::is_same_v<T, G>) {
           activate(from, to, out_channels, activation);
         } else {
-          convert(from, rounded.data(), out_channels);
-          if (keep) convert(rounded.data(), kept_rows + row * out_channels, out_channels);
+          convert(from, as_kept.data(), out_channels);
+          if (keep) convert(as_kept.data(), kept_rows + row * out_channels, out_channels);
           if (activation == Activation::none) {
-            convert(rounded.data(), to, out_channels);
+            convert(as_kept.data(), to, out_channels);
           } else {
-            activate(rounded.data(), to, out_channels, activation);
+            activate(as_kept.data(), to, out_channels, activation);
           }
         }
       }
@@ -169,7 +170,7 @@ template <class G>
 Tensor taps_of_phase(const Tensor& weight, const Conv& conv, int64_t phase) {
   const int64_t out_channels = weight.size(0);
   const int64_t channels = weight.size(2);
-  Tensor taps = torch::stable::new_empty(weight, {conv.taps(phase), out_channels, channels});
+  Tensor taps = allocate(weight, {conv.taps(phase), out_channels, channels});
   parallel_for(0, taps.size(0) * out_channels, 64, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t tap = conv.tap_of(phase, i / out_channels);
@@ -196,8 +197,8 @@ Tensor backward_x(
     if (taps == 0) continue;
     const Tensor phase_weight = taps_of_phase<G>(weight_g, conv, phase);
     const int64_t block = rows_per_panel(width, sizeof(G), groups);
-    Tensor panel = torch::stable::new_empty(weight_g, {block, width});
-    Tensor product = torch::stable::new_empty(weight_g, {block, channels});
+    Tensor panel = allocate(weight_g, {block, width});
+    Tensor product = allocate(weight_g, {block, channels});
     for (int64_t begin = 0; begin < groups; begin += block) {
       const int64_t rows = std::min(block, groups - begin);
       gather(grad, out_channels, rows, taps, write<G>(panel), [&](int64_t row) {
@@ -228,11 +229,10 @@ Tensor backward_weight(
   const int64_t out_channels = weight.size(0);
   const int64_t width = conv.kernel * channels;
   if (out_rows == 0) return torch::stable::new_zeros(weight, {out_channels, conv.kernel, channels});
-  Tensor grad_weight =
-      torch::stable::new_empty(weight, {out_channels, conv.kernel, channels}, dtype_of<G>());
+  Tensor grad_weight = allocate(weight, {out_channels, conv.kernel, channels}, dtype_of<G>());
   const int64_t tap_bytes = out_rows * channels * sizeof(G) + 1;
   const int64_t taps = std::clamp<int64_t>(kTapPanelBytes / tap_bytes, 1, conv.kernel);
-  Tensor panel = torch::stable::new_empty(weight, {out_rows, taps * channels}, dtype_of<G>());
+  Tensor panel = allocate(weight, {out_rows, taps * channels}, dtype_of<G>());
   const Matrix grad_matrix{grad, dtype_of<G>(), out_rows, out_channels, out_channels};
   for (int64_t tap = 0; tap < conv.kernel; tap += taps) {
     const int64_t count = std::min(taps, conv.kernel - tap);
@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   // The gradient of the sums: where no activation stands between, it is the one that came in.
   Tensor grad_sums = grad_y;
   if (!std::is_same_v<T, G> || activation != Activation::none) {
-    grad_sums = torch::stable::new_empty(x, {out_rows, out_channels}, dtype_of<G>());
+    grad_sums = allocate(x, {out_rows, out_channels}, dtype_of<G>());
     parallel_for(0, out_rows, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         activate_backward(
@@ -275,9 +275,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   }
   const G* grad = read<G>(grad_sums);
 
-  Tensor grad_x = torch::stable::new_empty(x, {0});
-  Tensor grad_weight = torch::stable::new_empty(x, {0});
-  Tensor grad_bias = torch::stable::new_empty(x, {0});
+  Tensor grad_x = allocate(x, {0});
+  Tensor grad_weight = allocate(x, {0});
+  Tensor grad_bias = allocate(x, {0});
   if (need_x) grad_x = backward_x<T, G>(x, weight, grad, segments, groups, conv);
   if (need_weight) grad_weight = backward_weight<T, G>(x, weight, grad, segments, out_rows, conv);
   if (need_bias) grad_bias = column_sums<T, G>(x, grad, out_rows, out_channels);
