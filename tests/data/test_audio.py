@@ -80,11 +80,13 @@ def with_nan() -> np.ndarray:
 
 
 FLAC = encoded(noise(SAMPLE_RATE), kind="FLAC")
+MP3 = encoded(noise(SAMPLE_RATE), kind="MP3")
 FAULTS = {
     "nothing": (b"", "not audio"),
     "text": (b"hello world, this is no audio" * 9, "not audio"),
     "truncated FLAC": (FLAC[: len(FLAC) // 2], "truncated"),
     "FLAC without its end": (FLAC[:-1], "truncated"),
+    "truncated MP3": (MP3[: len(MP3) // 2], "truncated"),
     "truncated WAV": (encoded(noise(SAMPLE_RATE))[:9000], "truncated"),
     "no samples": (encoded(noise(0)), "empty"),
     "NaN": (encoded(with_nan(), width="FLOAT"), "not finite"),

@@ -140,13 +140,22 @@ def test_samples_of_a_bin_come_from_few_shards_and_like_lengths() -> None:
 
 
 def test_nothing_waits_for_ever() -> None:
-    """Samples that fill a bin badly are trained near their shard's turn, not at the end."""
-    tokens = np.where(np.arange(4000) % 10 == 0, 600, 100)
+    """Samples that always fill a bin badly are trained near their shard's turn, not at the end."""
+    awkward = np.arange(4000) % 100 == 0
+    tokens = np.where(awkward, 600, 500)
     plan = made_plan([100] * 40, tokens, np.full(4000, 16), 0, (1000, 100.0), bins=8, window=2)
-    at = np.concatenate([np.full(sum(map(len, s)), n) for n, s in enumerate(plan.iterate(0))])
-    order = np.concatenate([b for s in plan.iterate(0) for b in s])
-    awkward = at[tokens[order] == 600]
-    assert abs(awkward.mean() / at.mean() - 1) < 0.1
+    steps = list(plan.iterate(0))
+    trained_at = np.concatenate([np.full(sum(map(len, s)), n) for n, s in enumerate(steps)])
+    order = np.concatenate([b for s in steps for b in s])
+    assert abs(trained_at[awkward[order]].mean() / trained_at.mean() - 1) < 0.15
+
+
+def test_shards_come_in_another_order_each_epoch() -> None:
+    plan = made_plan([10] * 20, np.full(200, 30), np.full(200, 16), bins=1, window=1)
+    epochs = [np.concatenate([bins[0] for bins in plan.iterate(e)]) for e in (0, 1)]
+    orders = [list(dict.fromkeys((epoch // 10).tolist())) for epoch in epochs]
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
 
 
 def test_refused_samples_are_named_and_left_out() -> None:
