@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.templates import load_templates
 from tests import tiny
 from train import config as cfg
 from train.engine import policy
@@ -66,9 +67,16 @@ def test_engine_policy_holds_policy_alone(tmp_path: Path, text: str, said: str) 
 
 
 def test_shipped_configs_parse(root: Path) -> None:
-    paths = sorted((root / "configs").rglob("*.yaml"))
+    paths = sorted([*(root / "configs").glob("*.yaml"), *(root / "configs/micro").glob("*.yaml")])
     assert paths
     for path in paths:
         config = cfg.load(path)
         policy(config.train)
         assert yaml.safe_load(path.read_text())["run"]["name"] == config.run.name
+
+
+def test_shipped_templates_load(root: Path) -> None:
+    paths = sorted((root / "configs" / "prompts").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert load_templates(path, ("continue",))
