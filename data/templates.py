@@ -38,7 +38,9 @@ def load_templates(path: Path, tasks: tuple[str, ...]) -> list[Template]:
     except FileNotFoundError:
         raise TemplateError(f"template file {path} does not exist") from None
     except yaml.YAMLError as e:
-        raise TemplateError(f"template file {path} is not YAML: {' '.join(str(e).split())}") from None
+        raise TemplateError(
+            f"template file {path} is not YAML: {' '.join(str(e).split())}"
+        ) from None
     known = {f.name for f in fields(Template)}
     templates = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
