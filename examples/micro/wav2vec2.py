@@ -11,7 +11,7 @@ import random
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import jiwer
 import numpy as np
@@ -114,19 +114,20 @@ def build(
 @torch.no_grad()
 def _set_filters(model: Wav2Vec2ForCTC, bands: int, heard: np.ndarray) -> None:
     """Make the first convolution a filter bank and the second, to begin with, sum its phases."""
-    first, second = cast(nn.ModuleList, model.wav2vec2.feature_extractor.conv_layers)
-    first_conv, second_conv = cast(nn.Conv1d, first.conv), cast(nn.Conv1d, second.conv)
+    first: Any
+    second: Any
+    first, second = model.wav2vec2.feature_extractor.conv_layers
     filters = torch.from_numpy(filter_bank(bands))
-    response = F.conv1d(torch.from_numpy(heard)[None, None], filters, stride=first_conv.stride)[0]
+    response = F.conv1d(torch.from_numpy(heard)[None, None], filters, stride=first.conv.stride)[0]
     loudness = response.unflatten(0, (bands, _PHASES)).square().mean((1, 2)).sqrt()
-    nn.init.zeros_(first_conv.bias)
-    first_conv.weight.copy_(filters / loudness.repeat_interleave(_PHASES)[:, None, None])
+    nn.init.zeros_(first.conv.bias)
+    first.conv.weight.copy_(filters / loudness.repeat_interleave(_PHASES)[:, None, None])
     nn.init.constant_(first.layer_norm.weight, 2.0)  # makes the GELU bend like a rectifier
     first.requires_grad_(False)
-    nn.init.zeros_(second_conv.bias)
-    nn.init.normal_(second_conv.weight, std=0.01)
-    for band in range(min(bands, second_conv.out_channels)):
-        second_conv.weight[band, band * _PHASES : (band + 1) * _PHASES] += 1 / 16
+    nn.init.zeros_(second.conv.bias)
+    nn.init.normal_(second.conv.weight, std=0.01)
+    for band in range(min(bands, second.conv.out_channels)):
+        second.conv.weight[band, band * _PHASES : (band + 1) * _PHASES] += 1 / 16
 
 
 def filter_bank(bands: int) -> np.ndarray:
@@ -155,7 +156,8 @@ def _log_probs(model: Wav2Vec2ForCTC, batch: list[Recording]) -> tuple[torch.Ten
     mask_BS = (torch.arange(samples_BS.shape[1]) < lengths_B[:, None]).long()
     with torch.autocast("cpu", torch.bfloat16):
         logits_BTV = model(samples_BS, attention_mask=mask_BS).logits
-    return logits_BTV.float().log_softmax(-1), model._get_feat_extract_output_lengths(lengths_B)
+    frames_B = cast(Any, model)._get_feat_extract_output_lengths(lengths_B)
+    return logits_BTV.float().log_softmax(-1), frames_B
 
 
 def _loss(

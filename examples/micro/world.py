@@ -35,7 +35,7 @@ from examples.micro.settings import (
 
 CORPUS = CorpusSettings()
 
-_WORDS = ("lexicon", "grammar", "settings")
+_WORDS = ("lexicon", "grammar")
 _SPEECH = (*_WORDS, "voices", "corpus")
 _TEXT = (*_WORDS, "tasks", "vocabulary", "optimizer", "language_model")
 
