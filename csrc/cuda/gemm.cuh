@@ -6,6 +6,7 @@
 // in the background. bf16 and fp16 go to the tensor cores, float and double to ordinary FMAs.
 #pragma once
 
+#include "../common/sum.h"
 #include "device.cuh"
 
 namespace hearken {

@@ -1,7 +1,5 @@
 // pack_embeddings on CUDA: the entry points. Nothing here waits for the device.
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-
 #include "pack_embeddings_kernels.cuh"
 #include "support.cuh"
 
@@ -37,7 +35,7 @@ Tensor as_sums(const Tensor& tensor) {
 
 int threads_for(int64_t hidden) {
   const int64_t wanted = (hidden + kVector * 32 - 1) / (kVector * 32) * 32;
-  return int(wanted < 32 ? 32 : (wanted > 256 ? 256 : wanted));
+  return int(wanted < 32 ? 32 : (wanted > 32 * kMaxWarps ? 32 * kMaxWarps : wanted));
 }
 
 template <class F>
@@ -50,7 +48,7 @@ auto dispatch_sum(const Tensor& table, const Tensor& speech, F&& f) {
 // A shared-memory row per `rows`; what a GPU offers ends at about 16,000 columns of three.
 template <class A>
 int shared_bytes(int64_t hidden, int rows) {
-  const int64_t bytes = hidden * rows * int64_t(sizeof(A));
+  const int64_t bytes = (kMaxWarps + hidden * rows) * int64_t(sizeof(A));
   STD_TORCH_CHECK(
       bytes <= 220 * 1024, "table must have at most ", 220 * 1024 / (rows * int(sizeof(A))),
       " columns, but has ", hidden, ".");
@@ -83,17 +81,13 @@ Tensor pack_embeddings(
 Tensor backward_table(
     const OnDevice& device, const Tensor& grad, const Tensor& table, const Tensor& source,
     bool as_double) {
-  AtenTensorHandle keys_handle, order_handle;
-  int32_t stable = 1;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cuda_sort_stable(source.get(), &stable, 0, 0, &keys_handle, &order_handle));
-  const Tensor keys(keys_handle), order(order_handle);
+  const std::pair<Tensor, Tensor> sorted = sort(source);
   Tensor grad_table = torch::stable::new_zeros(table, {table.size(0), table.size(1)});
   const dim3 grid(blocks_for(source.size(0), 1), blocks_for(table.size(1), 32 * kVector));
   const auto run = [&](auto kernel) {
     device.launch(
-        kernel, grid, 32, 0, rows_of(grad, "grad"), read<int64_t>(keys), read<int64_t>(order),
-        source.size(0), rows_of(grad_table, "table"));
+        kernel, grid, 32, 0, rows_of(grad, "grad"), read<int64_t>(sorted.first),
+        read<int64_t>(sorted.second), source.size(0), rows_of(grad_table, "table"));
   };
   as_double ? run(table_backward<double>) : run(table_backward<float>);
   return grad_table;

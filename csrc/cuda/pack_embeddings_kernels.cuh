@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/packing.h"
+#include "../common/sum.h"
 #include "device.cuh"
 
 namespace hearken {
@@ -85,10 +86,11 @@ struct AnyRows {
   }
 };
 
-// The sum over all threads of a block, in a fixed order; every thread gets it.
+// The sum over all threads of a block, in a fixed order; every thread gets it. of_warps: shared.
+constexpr int kMaxWarps = 8;
+
 template <class A>
-__device__ __forceinline__ A sum_over_block(A value) {
-  __shared__ A of_warps[32];
+__device__ __forceinline__ A sum_over_block(A value, A* of_warps) {
   value = sum_over_warp(value);
   __syncthreads();  // of_warps may still be read from the sum before
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
@@ -106,7 +108,7 @@ struct Moments {
 // Fills `row` in shared memory; each thread later reads only the columns that it wrote.
 template <class A>
 __device__ __forceinline__ Moments<A> load_and_measure(
-    const AnyRows& rows, int64_t from, double eps, A* row) {
+    const AnyRows& rows, int64_t from, double eps, A* row, A* of_warps) {
   const int width = rows.width;
   A sum = 0;
   for (int column = threadIdx.x * kVector; column < width; column += blockDim.x * kVector) {
@@ -119,22 +121,23 @@ __device__ __forceinline__ Moments<A> load_and_measure(
       sum += values[i];
     }
   }
-  const A mean = sum_over_block(sum) / A(width);
+  const A mean = sum_over_block(sum, of_warps) / A(width);
   A squares = 0;
   for (int column = threadIdx.x * kVector; column < width; column += blockDim.x * kVector)
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       if (column + i < width) squares += (row[column + i] - mean) * (row[column + i] - mean);
-  return {mean, rsqrt(sum_over_block(squares) / A(width) + A(eps))};
+  return {mean, rsqrt(sum_over_block(squares, of_warps) / A(width) + A(eps))};
 }
 
-// Grid: one block per position. Shared: a row of A.
+// Grid: one block per position. Shared: kMaxWarps and a row of A.
 template <class A>
 __global__ void pack(
     AnyRows table, AnyRows speech, const int64_t* source, const A* ln_weight, const A* ln_bias,
     double eps, AnyRows out) {
   extern __shared__ __align__(16) unsigned char shared[];
-  A* row = reinterpret_cast<A*>(shared);
+  A* of_warps = reinterpret_cast<A*>(shared);
+  A* row = of_warps + kMaxWarps;
   const int64_t position = blockIdx.x;
   const Source from{source[position]};
   A values[kVector];
@@ -145,7 +148,7 @@ __global__ void pack(
     }
     return;
   }
-  const Moments<A> of = load_and_measure(speech, from.speech_row(), eps, row);
+  const Moments<A> of = load_and_measure(speech, from.speech_row(), eps, row, of_warps);
   for (int column = threadIdx.x * kVector; column < out.width; column += blockDim.x * kVector) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -166,14 +169,15 @@ static __global__ void find_positions(
 }
 
 // Block b takes speech rows b, b + grid, ... and sums its share of LayerNorm's gradients.
-// shares: [grid, 2, H]. Shared: three rows of A. grad_speech.data may be null.
+// shares: [grid, 2, H]. Shared: kMaxWarps and three rows of A. grad_speech.data may be null.
 template <class A>
 __global__ void pack_backward(
     AnyRows grad, AnyRows speech, const int64_t* position_of, int64_t rows, const A* ln_weight,
     double eps, AnyRows grad_speech, A* shares) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int width = speech.width;
-  A* normed = reinterpret_cast<A*>(shared);
+  A* of_warps = reinterpret_cast<A*>(shared);
+  A* normed = of_warps + kMaxWarps;
   A* weight_share = normed + width;
   A* bias_share = weight_share + width;
   // Every column belongs to one thread throughout, so the shares need no barrier.
@@ -193,7 +197,7 @@ __global__ void pack_backward(
       for_columns([&](int column) { grad_speech.store(r, column, zeros); });
       continue;
     }
-    const Moments<A> of = load_and_measure(speech, r, eps, normed);
+    const Moments<A> of = load_and_measure(speech, r, eps, normed, of_warps);
     A sum = 0, sum_normed = 0;
     for_columns([&](int column) {
       A back[kVector];
@@ -211,8 +215,8 @@ __global__ void pack_backward(
       }
     });
     if (grad_speech.data == nullptr) continue;
-    const A mean = sum_over_block(sum) / A(width);
-    const A mean_normed = sum_over_block(sum_normed) / A(width);
+    const A mean = sum_over_block(sum, of_warps) / A(width);
+    const A mean_normed = sum_over_block(sum_normed, of_warps) / A(width);
     for_columns([&](int column) {
       A back[kVector];
       grad.load(position, column, back);  // again; it is in the cache

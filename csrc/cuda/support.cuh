@@ -1,11 +1,7 @@
-// What the CUDA entry points share: streams, launches, allocation, typed views of tensors.
+// What the CUDA entry points share: allocation, typed views of tensors, sizes of grids.
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,37 +10,9 @@
 #include "../common/checks.h"
 #include "../common/sum.h"
 #include "device.cuh"
+#include "launch.cuh"
 
 namespace hearken {
-
-// Makes the tensor's device the current one for a while; launches go to its current stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  // Launches nothing for an empty grid, which CUDA would refuse.
-  template <class... Parameters, class... Arguments>
-  void launch(
-      void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-      Arguments... arguments) const {
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared_bytes > 48 * 1024) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(
-          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-          shared_bytes));
-    }
-    kernel<<<grid, threads, shared_bytes, stream_>>>(Parameters(arguments)...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
 
 // Blocks of `size` for `count` items, as a grid's extent.
 inline unsigned int blocks_for(int64_t count, int64_t size) {
