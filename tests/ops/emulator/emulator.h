@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, so that what they compute can be tested where there is no GPU.
 //
 // Every thread of a block is a fiber; they take turns at barriers and at what a warp does
-// together, in an order that is shuffled each time, so that a missing barrier shows. Background
-// copies really come late: when they are waited for. Shared memory begins as NaN.
+// together, in an order that is shuffled each time, and now one warp, now another is held back for
+// as long as the rest can go on without it, so that a missing barrier shows. Background copies
+// really come late: when they are waited for. Shared memory begins as NaN.
 //
 // Stands in for csrc/cuda/device.cuh and launch.cuh. The instructions do here what the PTX manual
 // says of them; how fast they are, and whether a GPU agrees, only a GPU can tell.
@@ -69,6 +70,7 @@ struct Block {
   std::vector<std::array<uint64_t, 8>> published;  // per thread, what its warp may read
   std::function<void()> kernel;
   int current = 0;
+  int progress = 0;  // barriers passed and fibers ended
 };
 
 inline Block* block = nullptr;
@@ -78,6 +80,7 @@ inline void wait_at(Barrier& barrier) {
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
+    ++block->progress;
   }
   while (barrier.generation == generation) {
     const int self = block->current;
@@ -95,6 +98,7 @@ inline void sync_warp() {
 inline void fiber_main() {
   block->kernel();
   block->fibers[block->current].done = true;
+  ++block->progress;
   swapcontext(&block->fibers[block->current].context, &block->scheduler);
 }
 
@@ -118,15 +122,24 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
   static std::mt19937 draw(0);
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
-  for (int left = threads; left > 0;) {
+  int left = threads;
+  const auto run_round = [&](int held_back) {
     std::shuffle(order.begin(), order.end(), draw);
     for (int i : order) {
-      if (now.fibers[i].done) continue;
+      if (now.fibers[i].done || i / 32 == held_back) continue;
       now.current = i;
       threadIdx = dim3(i, 0, 0);
       swapcontext(&now.scheduler, &now.fibers[i].context);
       left -= now.fibers[i].done;
     }
+  };
+  while (left > 0) {
+    const int held_back = int(draw() % (threads / 32));
+    for (int before = -1; before != now.progress;) {
+      before = now.progress;
+      run_round(held_back);
+    }
+    run_round(-1);
   }
   block = nullptr;
 }
