@@ -1,6 +1,6 @@
 """Times the two ops of csrc/ against what others do, and against the limit of the machine.
 
-    python -m benchmarks.ops [--json FILE] [--markdown FILE] [--device cuda] [--quick] [--case TEXT]
+    python -m benchmarks.ops [--json FILE] [--device cuda] [--quick] [--case TEXT]
 
 Names: `hearken` ours; `floor` the limit: for ragged_conv1d the faster of matmul and of the
 library's convolution at the same useful FLOPs, for pack_embeddings all bytes that must move over
@@ -46,7 +46,6 @@ Run = Callable[[], tuple[Tensor, Sequence[Tensor]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--markdown", metavar="FILE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few rounds, no torch.compile")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
@@ -66,8 +65,6 @@ def main() -> None:
     print(report.markdown())
     if options.json:
         report.write(options.json)
-    if options.markdown:
-        Path(options.markdown).write_text(report.markdown())
 
 
 def librispeech_lengths(count: int = 32, seed: int = 0) -> list[int]:

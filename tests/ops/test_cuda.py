@@ -1,9 +1,11 @@
-"""The CUDA kernels, thread by thread on the CPU: see emulator/emulator.h."""
+"""The CUDA kernels against the CPU's: on a GPU where one is asked for (`-m gpu`), and always
+thread by thread on the CPU, see emulator/emulator.h."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ HERE = Path(__file__).parent
 ACTIVATIONS = {"none": 0, "gelu": 1, "glu": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles the CUDA library for the emulator and loads it."""
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA library as compiled for the emulator: its ops are torch.ops.emulated."""
     library = tmp_path_factory.mktemp("emulator") / "emulated.so"
     torch_root = Path(torch.__file__).parent
     flags = "-x c++ -std=c++20 -O1 -shared -fPIC -fvisibility=hidden -Wno-unknown-pragmas"
@@ -31,16 +33,31 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
     command += [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True)
     torch.ops.load_library(library)
+    return library
 
 
-def both(op: str, *arguments: Any) -> list[tuple[Tensor, Tensor]]:
-    """What the CUDA kernels and what the CPU kernels make of the same arguments."""
-    found, truth = (
-        getattr(getattr(torch.ops, ns), op)(*arguments) for ns in ("emulated", "hearken")
-    )
-    if isinstance(found, Tensor):
-        found, truth = [found], [truth]
-    return list(zip(found, truth, strict=True))
+Both = Callable[..., list[tuple[Tensor, Tensor]]]
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def both(request: pytest.FixtureRequest) -> Both:
+    """Calls an op; gives what the CUDA kernels make of it, beside what the CPU kernels do."""
+    on_gpu = request.param == "gpu"
+    if not on_gpu:
+        request.getfixturevalue("emulated")
+
+    def call(op: str, *arguments: Any) -> list[tuple[Tensor, Tensor]]:
+        truth = getattr(torch.ops.hearken, op)(*arguments)
+        if on_gpu:
+            moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+            found = getattr(torch.ops.hearken, op)(*moved)
+        else:
+            found = getattr(torch.ops.emulated, op)(*arguments)
+        if isinstance(found, Tensor):
+            return [(found.cpu(), truth)]
+        return [(got.cpu(), want) for got, want in zip(found, truth, strict=True)]
+
+    return call
 
 
 def agree(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -81,6 +98,7 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("biased", [True, False])
 def test_ragged_conv1d(
+    both: Both,
     dtype: torch.dtype,
     channels: int,
     out: int,
@@ -129,6 +147,7 @@ def test_ragged_conv1d(
     ("text", "heard", "rows"), [(20, 9, 11), (0, 3, 3), (5, 0, 0), (0, 0, 0), (3, 0, 4)]
 )
 def test_pack_embeddings(
+    both: Both,
     table_dtype: torch.dtype,
     speech_dtype: torch.dtype,
     dtype: torch.dtype,
