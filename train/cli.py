@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from transformers.utils.logging import disable_progress_bar
+
 from data.archive import ShardError
 from data.audio import AudioError
 from data.templates import TemplateError
@@ -70,6 +72,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|deepspeed")
+    logging.basicConfig(format="%(message)s")
+    # What the code itself has to say (such as which ops it chose) is said once, not per rank.
+    rank = os.environ.get("RANK", "0")
+    logging.getLogger("train").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    disable_progress_bar()
     for name in ("DeepSpeed", "mlflow", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
