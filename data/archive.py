@@ -110,10 +110,13 @@ def drafted(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def read_meta(index: Path) -> dict[str, Any]:
-    """An index's own metadata; raises `ShardError` where the file is no index of ours."""
+def read_meta(index: str | Path, file: Any = None) -> dict[str, Any]:
+    """An index's own metadata, from `file` where it is open already.
+
+    Raises `ShardError` where it is no index of ours.
+    """
     try:
-        schema = pq.read_schema(index)
+        schema = pq.read_schema(index if file is None else file)
     except (pa.ArrowException, FileNotFoundError) as error:
         raise ShardError(f"{index}: not a shard index ({error}); build the shard again") from None
     meta = json.loads((schema.metadata or {}).get(_META, b"{}"))

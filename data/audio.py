@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 import torch
-from torchaudio.functional import resample
+from torchaudio.functional import resample as polyphase
 
 SAMPLE_RATE = 16_000
 SILENCE_RMS = 10 ** (-70 / 20)  # full scale is 1.0: quieter than -70 dBFS is no speech
@@ -53,7 +53,7 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_seconds: float) -> np.n
         raise AudioError("empty: 0 samples")
     if not np.isfinite(mono).all():
         raise AudioError(f"not finite: {int((~np.isfinite(mono)).sum())} samples are NaN or Inf")
-    return mono if rate == SAMPLE_RATE else _resample(mono, rate)
+    return mono if rate == SAMPLE_RATE else resample(mono, rate)
 
 
 def is_silent(wave: np.ndarray) -> bool:
@@ -106,11 +106,11 @@ def _read_mono(sound: soundfile.SoundFile, max_seconds: float) -> np.ndarray:
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def _resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """[S] at `rate` Hz to [ceil(S * 16000 / rate)] at 16 kHz."""
+def resample(wave: np.ndarray, rate: int) -> np.ndarray:
+    """float32 [S] at `rate` Hz to [ceil(S * 16000 / rate)] at 16 kHz."""
     common = math.gcd(rate, SAMPLE_RATE)
     if SAMPLE_RATE // common * 14 * max(rate, SAMPLE_RATE) // common <= _MAX_KERNEL:
-        return resample(torch.from_numpy(wave), rate, SAMPLE_RATE).numpy()
+        return polyphase(torch.from_numpy(wave), rate, SAMPLE_RATE).numpy()
     # Zeros behind the wave keep the FFT's wrap-around away from its start.
     length = -(-len(wave) * SAMPLE_RATE // rate)
     padded_seconds = len(wave) // rate + 2

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pyarrow.compute as pc
 
+from data.augment import Augmenter
 from data.draws import TARGETS, draws
 from data.prompts import Prompt
 from data.shards import Overlay, ShardSet
@@ -24,32 +25,68 @@ class LengthTable:
     """LLM positions per sample: prompt, slots and target, without opening a tar.
 
     A sample with several targets takes one of them per epoch: the first is drawn from the seed,
-    and each epoch takes the next, so that all have their turn.
+    and each epoch takes the next, so that all have their turn; empty answers have none. Its
+    length at 16 kHz follows the speed that the epoch plays it at.
     """
 
     def __init__(
-        self, shards: ShardSet, targets: Overlay, prompt: Prompt, rule: LengthRule, *, seed: int
+        self,
+        shards: ShardSet,
+        targets: Overlay,
+        prompt: Prompt,
+        rule: LengthRule,
+        *,
+        seed: int,
+        augmenter: Augmenter | None = None,
     ):
         per_target = targets.column("instruction").combine_chunks()
-        counts = pc.list_value_length(per_target).to_numpy().astype(np.int64)
-        self._starts = np.cumsum(counts) - counts
-        self._counts = counts
-        self._first = draws(len(shards), seed, 0, TARGETS) % counts.astype(np.uint64)
-        self._slots = np.asarray(rule.slots(shards.num_samples), dtype=np.int64)
-        self._target_tokens = _flat_ints(targets) + _prompt_tokens(per_target, prompt)
+        written = pc.list_value_length(per_target).to_numpy().astype(np.int64)
+        answer_tokens = _flat_ints(targets)
+        of_sample = np.repeat(np.arange(len(written)), written)
+        answered = np.flatnonzero(answer_tokens)
+        self._counts = np.bincount(of_sample[answered], minlength=len(written))
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._first = draws(len(shards), seed, 0, TARGETS) % np.maximum(1, self._counts).astype(
+            np.uint64
+        )
+        # Of the answered targets, sample by sample: which one of its record, and what it costs.
+        self._numbers = answered - (np.cumsum(written) - written)[of_sample[answered]]
+        self._target_tokens = (answer_tokens + _prompt_tokens(per_target, prompt))[answered]
+        self._written_samples = shards.num_samples
+        self._rule = rule
+        self._augmenter = augmenter
 
     def refused(self) -> dict[int, str]:
-        """Samples that an adapter makes nothing of, with the reason."""
-        short = np.flatnonzero(self._slots < 1)
-        return dict.fromkeys(short.tolist(), "too short: the length rule gives it 0 adapter slots")
+        """Samples that no epoch can use, with the reason."""
+        fastest, at_speed = self._written_samples, ""
+        if self._augmenter and max(self._augmenter.augment.speeds) > 1:
+            fastest = self._augmenter.shortest(self._written_samples)
+            at_speed = f" at speed {max(self._augmenter.augment.speeds):g}"
+        short = np.flatnonzero(self._rule.slots(fastest) < 1)
+        empty = np.flatnonzero(self._counts == 0)
+        return dict.fromkeys(empty.tolist(), "stage 1's answer is empty") | dict.fromkeys(
+            short.tolist(), f"too short: the length rule gives it 0 adapter slots{at_speed}"
+        )
 
     def target_of(self, epoch: int) -> np.ndarray:
         """[N] int64: the number of the target that each sample takes in this epoch."""
-        return (self._first.astype(np.int64) + epoch) % self._counts
+        return np.append(self._numbers, 0)[self._turn(epoch)]
+
+    def num_samples(self, epoch: int) -> np.ndarray:
+        """[N] int64: each sample's length at 16 kHz as this epoch plays it."""
+        if self._augmenter is None:
+            return self._written_samples
+        return self._augmenter.num_samples(self._written_samples, epoch)
 
     def tokens(self, epoch: int) -> np.ndarray:
-        """[N] int64: LLM positions of each sample in this epoch."""
-        return self._slots + self._target_tokens[self._starts + self.target_of(epoch)]
+        """[N] int64: LLM positions of each sample in this epoch; refused ones cost their slots."""
+        slots = np.asarray(self._rule.slots(self.num_samples(epoch)), dtype=np.int64)
+        return slots + np.append(self._target_tokens, 0)[self._turn(epoch)]
+
+    def _turn(self, epoch: int) -> np.ndarray:
+        """[N] int64: which of the answered targets, or one past them for a sample without any."""
+        turn = self._starts + (self._first.astype(np.int64) + epoch) % np.maximum(1, self._counts)
+        return np.where(self._counts > 0, turn, len(self._numbers))
 
 
 def _flat_ints(targets: Overlay) -> np.ndarray:

@@ -18,6 +18,7 @@ from data.audio import SAMPLE_RATE
 from data.draws import draws
 from data.packing import best_fit
 
+PerEpoch = np.ndarray | Callable[[int], np.ndarray]
 _EPOCHS_KEPT = 2
 _JITTER = 128  # costs are scaled by 1024..1151 / 1024 before sorting: bins differ between epochs
 
@@ -34,16 +35,16 @@ class Plan:
     """Global steps of `bins_per_step` bins each.
 
     `shard_of` [N] int64 is each sample's shard, not decreasing; `num_samples` [N] int64 its
-    length at 16 kHz; `cost_tokens` its LLM positions, [N] int64, or a function of the epoch that
-    gives them; `refused` are samples to leave out, with the reason. Raises `ValueError` on
-    arguments that do not fit.
+    length at 16 kHz and `cost_tokens` its LLM positions, or functions of the epoch that give
+    them; `refused` are samples to leave out, with the reason. Raises `ValueError` on arguments
+    that do not fit.
     """
 
     def __init__(
         self,
         shard_of: np.ndarray,
-        cost_tokens: np.ndarray | Callable[[int], np.ndarray],
-        num_samples: np.ndarray,
+        cost_tokens: PerEpoch,
+        num_samples: PerEpoch,
         *,
         seed: int,
         tokens_per_bin: int,
@@ -70,7 +71,7 @@ class Plan:
         self._tokens_per_bin = tokens_per_bin
         self._samples_per_bin = int(seconds_per_bin * SAMPLE_RATE)
         self._window_shards = window_shards
-        self._num_samples = np.asarray(num_samples, dtype=np.int64)
+        self._num_samples = num_samples
         self._cost_tokens = cost_tokens
         self._refused = dict(refused or {})
         edges = np.flatnonzero(np.diff(shard_of)) + 1
@@ -101,7 +102,8 @@ class Plan:
 
     def skipped(self, epoch: int) -> list[tuple[int, str]]:
         """Samples left out of this epoch, with the reason: refused, or more than a bin holds."""
-        tokens = self._tokens(epoch)
+        tokens = _in_epoch(self._cost_tokens, epoch)
+        samples = _in_epoch(self._num_samples, epoch)
         reasons = list(self._refused.items())
         for i in np.flatnonzero(self._costs(epoch) > self._capacity).tolist():
             if i in self._refused:
@@ -110,11 +112,7 @@ class Plan:
                 f"{kind} {value:g} over the budget of {limit:g} per bin"
                 for kind, value, limit in (
                     ("tokens", tokens[i], self._tokens_per_bin),
-                    (
-                        "seconds",
-                        self._num_samples[i] / SAMPLE_RATE,
-                        self._samples_per_bin / SAMPLE_RATE,
-                    ),
+                    ("seconds", samples[i] / SAMPLE_RATE, self._samples_per_bin / SAMPLE_RATE),
                 )
                 if value > limit
             ]
@@ -125,14 +123,11 @@ class Plan:
     def _capacity(self) -> int:
         return self._tokens_per_bin * self._samples_per_bin
 
-    def _tokens(self, epoch: int) -> np.ndarray:
-        tokens = self._cost_tokens(epoch) if callable(self._cost_tokens) else self._cost_tokens
-        return np.asarray(tokens, dtype=np.int64)
-
     def _costs(self, epoch: int) -> np.ndarray:
         """[N] int64 in units where a bin's capacity is tokens_per_bin * samples_per_bin."""
-        by_tokens = self._tokens(epoch) * self._samples_per_bin
-        return np.maximum(1, np.maximum(by_tokens, self._num_samples * self._tokens_per_bin))
+        by_tokens = _in_epoch(self._cost_tokens, epoch) * self._samples_per_bin
+        by_seconds = _in_epoch(self._num_samples, epoch) * self._tokens_per_bin
+        return np.maximum(1, np.maximum(by_tokens, by_seconds))
 
     def _layout(self, epoch: int) -> _Layout:
         if epoch not in self._layouts:
@@ -200,6 +195,10 @@ class Plan:
             [window[bins[b]] for step in shuffled for b in step],
             np.concatenate([window[:0], *waiting]),
         )
+
+
+def _in_epoch(values: PerEpoch, epoch: int) -> np.ndarray:
+    return np.asarray(values(epoch) if callable(values) else values, dtype=np.int64)
 
 
 def bins_of(rank: int, world: int, bins: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:

@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.archive import ContentError, Row, ShardError, column, index_path, read_meta, write_shard
-from data.sources import OpenSources, expand
+from data.cache import Cache
+from data.remote import is_remote, shown
+from data.sources import OpenSources, expand, index_address, read_index
 from data.targets import INDEXED
 
 _TAR_BLOCK = 512
@@ -28,32 +30,31 @@ _TAR_BLOCK = 512
 class ShardSet:
     """Samples of many shards; columns are read when first asked for and kept."""
 
-    def __init__(self, addresses: list[str], metas: list[dict[str, Any]], tables: list[Path]):
+    def __init__(self, addresses: list[str], cache: Cache | None = None):
         self.addresses = addresses
-        self.metas = metas
-        self._indexes = tables
+        with ThreadPoolExecutor(8) as pool:
+            self._indexes = list(pool.map(read_index, addresses))
+            names = [shown(index_address(address)) for address in addresses]
+            self.metas = list(pool.map(read_meta, names, map(_file, self._indexes)))
+            self._bytes_found = list(pool.map(_size, addresses))
         self._columns: dict[str, pa.ChunkedArray] = {}
-        self._sources = OpenSources()
+        self._sources = OpenSources(dict(zip(addresses, self.metas, strict=True)), cache)
+        for s, meta in enumerate(self.metas):
+            found = self._bytes_found[s]
+            if found is not None and found != meta["tar_bytes"]:
+                self._check_truncated(s, found, meta["tar_bytes"])
 
     @classmethod
-    def open(cls, patterns: str | Path | Sequence[str | Path]) -> "ShardSet":
-        """Shards by brace pattern, glob, folder or path; reads the indexes' metadata only.
+    def open(
+        cls, patterns: str | Path | Sequence[str | Path], cache: Cache | None = None
+    ) -> "ShardSet":
+        """Shards by brace pattern, glob, folder, path, web address or `pipe:` command.
 
-        Raises `ShardError` where a shard or its index is missing, or an index has not the size of
-        its tar.
+        Reads the indexes' metadata only; remote shards are copied into `cache` when first read.
+        Raises `ShardError` where a shard or its index is missing, or is not the other's. Of a
+        truncated tar the samples that it still holds are used; `lost` names the others.
         """
-        addresses = expand(patterns)
-        indexes = [index_path(address) for address in addresses]
-        with ThreadPoolExecutor(8) as pool:
-            metas = list(pool.map(read_meta, indexes))
-            sizes = list(pool.map(lambda address: Path(address).stat().st_size, addresses))
-        for address, index, meta, size in zip(addresses, indexes, metas, sizes, strict=True):
-            if meta["tar_bytes"] != size:
-                raise ShardError(
-                    f"{index}: made for a tar of {meta['tar_bytes']} bytes, but {address} has "
-                    f"{size}; build the shard again"
-                )
-        return cls(addresses, metas, indexes)
+        return cls(expand(patterns, cache), cache)
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
@@ -62,14 +63,27 @@ class ShardSet:
     def digest(self) -> str:
         """SHA-256 (hex) of the shards' contents in their order, wherever they lie."""
         whole = hashlib.sha256()
-        for meta in self.metas:
+        for meta, found in zip(self.metas, self._bytes_found, strict=True):
             whole.update(meta["tar_sha256"].encode())
+            if found is not None and found != meta["tar_bytes"]:
+                whole.update(f"truncated to {found}".encode())
         return whole.hexdigest()
+
+    @cached_property
+    def lost(self) -> dict[int, str]:
+        """Samples that truncated tars no longer hold, with the reason."""
+        reasons: dict[int, str] = {}
+        for s, (meta, found) in enumerate(zip(self.metas, self._bytes_found, strict=True)):
+            if found is not None and found < meta["tar_bytes"]:
+                gone = np.flatnonzero(self._ends(s) > found) + self.shard_starts[s]
+                reason = f"truncated tar: {self.addresses[s]} has {found} of {meta['tar_bytes']}"
+                reasons |= dict.fromkeys(gone.tolist(), f"{reason} bytes")
+        return reasons
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
         """[shards + 1] int64: shard s holds samples shard_starts[s] .. shard_starts[s + 1] - 1."""
-        counts = [pq.read_metadata(index).num_rows for index in self._indexes]
+        counts = [pq.read_metadata(_file(index)).num_rows for index in self._indexes]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     @cached_property
@@ -110,12 +124,13 @@ class ShardSet:
         """[N] values of an index column; raises `ShardError` where an index has no such column."""
         if name not in self._columns:
             parts: list[pa.Array] = []
-            for index in self._indexes:
-                schema = pq.read_schema(index)
+            for address, index in zip(self.addresses, self._indexes, strict=True):
+                schema = pq.read_schema(_file(index))
                 if name in schema.names:
-                    parts += pq.read_table(index, columns=[name]).column(0).chunks
-                elif pq.read_metadata(index).num_rows:
-                    raise ShardError(f"{index}: no column {name!r}, found {schema.names}")
+                    parts += pq.read_table(_file(index), columns=[name]).column(0).chunks
+                elif pq.read_metadata(_file(index)).num_rows:
+                    where = shown(index_address(address))
+                    raise ShardError(f"{where}: no column {name!r}, found {schema.names}")
             self._columns[name] = pa.chunked_array(parts) if parts else pa.chunked_array([[]])
         return self._columns[name]
 
@@ -124,8 +139,8 @@ class ShardSet:
         return self.column("key")[int(i)].as_py()
 
     def shard_name(self, i: int) -> str:
-        """The address of sample i's shard."""
-        return self.addresses[int(np.searchsorted(self.shard_starts, i, side="right")) - 1]
+        """The name of sample i's shard, for messages."""
+        return shown(self._address(i))
 
     def place(self, i: int, member: str) -> tuple[int, int]:
         """Byte offset and size of sample i's member in its tar."""
@@ -143,7 +158,7 @@ class ShardSet:
         if offset < 0:
             raise ContentError(f"the tar has no member {member!r} for it")
         # The header is read along: a tar of the same size that was put in place is noticed here.
-        raw = self._sources[self.shard_name(i)].read_at(offset - _TAR_BLOCK, _TAR_BLOCK + size)
+        raw = self._sources[self._address(i)].read_at(offset - _TAR_BLOCK, _TAR_BLOCK + size)
         if len(raw) < _TAR_BLOCK + size:
             raise ContentError(f"truncated tar: {member} ends after {len(raw)} bytes")
         # The plain header's name; names that it cannot hold stand whole in a PAX header before it.
@@ -162,6 +177,37 @@ class ShardSet:
             raise ContentError(f"{member} is {type(value).__name__}, expected an object")
         return value
 
+    def _address(self, i: int) -> str:
+        return self.addresses[int(np.searchsorted(self.shard_starts, i, side="right")) - 1]
+
+    def _ends(self, s: int) -> np.ndarray:
+        """[samples of shard s] int64: where each one's last member ends in the tar."""
+        table = pq.read_table(_file(self._indexes[s]))
+        ends = np.zeros(len(table), dtype=np.int64)
+        for name in table.column_names:
+            if name.endswith("_offset"):
+                size = table.column(name.removesuffix("_offset") + "_size").to_numpy()
+                ends = np.maximum(ends, table.column(name).to_numpy() + size)
+        return ends
+
+    def _check_truncated(self, s: int, found: int, expected: int) -> None:
+        """Raise `ShardError` unless the index matches what is left of shard s."""
+        fits = self._ends(s) <= found
+        left = np.flatnonzero(fits) if found < expected else fits[:0]
+        try:
+            for row in (*left[:1], *left[-1:]):
+                i = int(self.shard_starts[s] + row)
+                for name in pq.read_schema(_file(self._indexes[s])).names:
+                    if name.endswith("_offset") and self.column(name)[i].as_py() >= 0:
+                        self.read(i, name.removesuffix("_offset").replace("_", "."))
+        except ContentError:
+            left = left[:0]
+        if not len(left):
+            raise ShardError(
+                f"{index_path(self.addresses[s])}: made for a tar of {expected} bytes, but "
+                f"{self.addresses[s]} has {found}; build the shard again"
+            )
+
 
 class Overlay:
     """Records made from a `ShardSet`'s samples, answered by the base's numbers."""
@@ -178,13 +224,14 @@ class Overlay:
         patterns: str | Path | Sequence[str | Path],
         base: ShardSet,
         member: str = "targets.json",
+        cache: Cache | None = None,
     ) -> "Overlay":
         """Join overlay shards to `base` by key.
 
         Raises `ShardError`, naming both files, where a sample of the base has no record, or the
         record was made from another version of the sample.
         """
-        shards = ShardSet.open(patterns)
+        shards = ShardSet.open(patterns, cache)
         at = pc.index_in(base.keys, value_set=shards.keys)
         if at.null_count:
             i = pc.index(pc.is_null(at), True).as_py()
@@ -208,6 +255,13 @@ class Overlay:
     def digest(self) -> str:
         """SHA-256 (hex) of the overlay's contents."""
         return self.shards.digest
+
+    @cached_property
+    def lost(self) -> dict[int, str]:
+        """The base's samples whose records a truncated tar no longer holds, with the reason."""
+        reasons = self.shards.lost
+        gone = np.flatnonzero(np.isin(self._rows, list(reasons))).tolist() if reasons else []
+        return {i: reasons[int(self._rows[i])] for i in gone}
 
     @property
     def metas(self) -> list[dict[str, Any]]:
@@ -256,6 +310,15 @@ def write_overlay(
     return write_shard(path, rows(), {"base_sha": pa.string(), **fields}, {**(meta or {}), **own})
 
 
+def _file(index: Path | bytes) -> Path | pa.BufferReader:
+    return pa.BufferReader(index) if isinstance(index, bytes) else index
+
+
+def _size(address: str) -> int | None:
+    """Bytes of a local tar; a remote one tells its size when it is first read."""
+    return None if is_remote(address) else Path(address).stat().st_size
+
+
 def _names(shards: ShardSet) -> str:
     more = len(shards.addresses) - 1
-    return shards.addresses[0] + (f" and {more} more" if more else "")
+    return shown(shards.addresses[0]) + (f" and {more} more" if more else "")

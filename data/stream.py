@@ -7,25 +7,26 @@ the system refuses is tried again, with growing pauses, and then stops the run.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data.archive import ContentError
 from data.audio import SAMPLE_RATE, AudioError, decode
+from data.augment import Augment, Augmenter
 from data.collate import Batch, Clip, Skip, collate, dummy_batch
 from data.lengths import LengthRule, LengthTable
 from data.plan import Plan, bins_of
 from data.prompts import Document, Prompt
+from data.retry import retried
 from data.shards import Overlay, ShardSet
 from data.targets import parse_targets
+from data.workers import in_workers
 
 Featurize = Callable[[np.ndarray], np.ndarray]
 T = TypeVar("T")
-_RETRY_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Stream:
     featurize: Featurize
     lengths: LengthTable
     plan: Plan
+    augmenter: Augmenter | None = None
     workers: int = 0
     prefetch: int = 4  # batches that each worker keeps ready
     wait_seconds: float = field(default=0.0, init=False)  # spent waiting for data so far
@@ -62,21 +64,28 @@ class Stream:
         bins_per_step: int,
         window_shards: int = 16,
         workers: int = 0,
+        augment: Augment | None = None,
     ) -> "Stream":
-        """Derive the length table and the plan from the data, and stream by them."""
-        lengths = LengthTable(shards, targets, prompt, rule, seed=seed)
+        """Derive the length table and the plan from the data, and stream by them.
+
+        Raises `AugmentError` where `augment` cannot be done to this data.
+        """
+        augmenter = Augmenter(augment, len(shards), seed) if augment else None
+        if augmenter:  # that masks fit the features is known now, not in the first step
+            augmenter.features(silent_clip(rule, featurize).features, 0, 0)
+        lengths = LengthTable(shards, targets, prompt, rule, seed=seed, augmenter=augmenter)
         plan = Plan(
             shards.shard_of,
             lengths.tokens,
-            shards.num_samples,
+            lengths.num_samples,
             seed=seed,
             tokens_per_bin=tokens_per_bin,
             seconds_per_bin=seconds_per_bin,
             bins_per_step=bins_per_step,
             window_shards=window_shards,
-            refused=lengths.refused(),
+            refused=lengths.refused() | targets.lost | shards.lost,
         )
-        return cls(shards, targets, prompt, rule, featurize, lengths, plan, workers)
+        return cls(shards, targets, prompt, rule, featurize, lengths, plan, augmenter, workers)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Global steps of this epoch."""
@@ -95,40 +104,43 @@ class Stream:
         where there is no bin.
         """
         reader = _BinReader(self, epoch, start_step, rank, world)
-        loader: DataLoader = DataLoader(
-            reader,
-            batch_size=None,
-            shuffle=False,
-            num_workers=self.workers,
-            prefetch_factor=self.prefetch if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        batches = iter(loader)
+        batches = in_workers(reader, self.workers, self.prefetch)
         for _ in range(start_step, self.steps_in_epoch(epoch)):
             started = time.perf_counter()
             step = [next(batches) for _ in range(reader.per_step)]
             self.wait_seconds += time.perf_counter() - started
             yield step
 
-    def read(self, i: int, target: int) -> tuple[Document, Clip]:
+    def read(self, i: int, target: int, epoch: int) -> tuple[Document, Clip]:
         """Sample i with the numbered one of its targets, as a document and its clip.
 
-        Raises `ContentError` or `AudioError` where the stored bytes are at fault, `OSError` where
-        they cannot be read.
+        Raises `ContentError` or `AudioError` where the stored bytes are at fault, `ReadError`
+        where they cannot be read.
         """
-        record = _retried(lambda: self.targets.record(i), self.targets.shard_name(i), i, self)
+        record = self._retried(lambda: self.targets.record(i), self.targets.shard_name(i), i)
         targets = parse_targets(record)
         if target >= len(targets):
             raise ContentError(f"has {len(targets)} targets, but its index says more")
         chosen = targets[target]
+        if not chosen.ids:
+            raise ContentError("stage 1's answer is empty, but its index says that it is not")
         planned = int(self.shards.num_samples[i])
-        data = _retried(lambda: self.shards.read(i, "flac"), self.shards.shard_name(i), i, self)
+        data = self._retried(lambda: self.shards.read(i, "flac"), self.shards.shard_name(i), i)
         wave = decode(data, max_seconds=planned / SAMPLE_RATE + 1)
         if len(wave) != planned:
             raise ContentError(f"{len(wave)} samples decoded, but its index says {planned}")
-        clip = make_clip(wave, self.rule, self.featurize)
+        clip = self._clip(wave, i, epoch)
         heard = self.prompt.with_speech(chosen.instruction, clip.slots)
         return (*heard, self.prompt.answer(chosen.ids, chosen.finished)), clip
+
+    def _clip(self, wave: np.ndarray, i: int, epoch: int) -> Clip:
+        if self.augmenter is None:
+            return make_clip(wave, self.rule, self.featurize)
+        clip = make_clip(self.augmenter.wave(wave, i, epoch), self.rule, self.featurize)
+        return replace(clip, features=self.augmenter.features(clip.features, i, epoch))
+
+    def _retried(self, read: Callable[[], T], shard: str, i: int) -> T:
+        return retried(read, lambda: f"{shard}: sample {self.shards.key(i)!r}")
 
 
 def make_clip(wave: np.ndarray, rule: LengthRule, featurize: Featurize) -> Clip:
@@ -169,7 +181,7 @@ class _BinReader(Dataset):
         documents, clips, keys, skipped = [], [], [], []
         for i in samples.tolist():
             try:
-                document, clip = stream.read(i, int(self._target_of[i]))
+                document, clip = stream.read(i, int(self._target_of[i]), self._epoch)
             except (ContentError, AudioError) as error:
                 skipped.append(Skip(stream.shards.key(i), str(error)))
                 continue
@@ -180,18 +192,3 @@ class _BinReader(Dataset):
         if documents:
             return collate(documents, clips, keys=keys, skipped=skipped, **where)
         return dummy_batch(silent_clip(stream.rule, stream.featurize), skipped=skipped, **where)
-
-
-def _retried(read: Callable[[], T], shard: str, i: int, stream: Stream) -> T:
-    """`read()`, tried again after pauses where the system refuses it."""
-    for pause in (*_RETRY_PAUSES, None):
-        try:
-            return read()
-        except OSError as error:
-            if pause is None:
-                raise OSError(
-                    f"{shard}: sample {stream.shards.key(i)!r} could not be read in "
-                    f"{len(_RETRY_PAUSES) + 1} tries: {error}"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")

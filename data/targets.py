@@ -5,8 +5,9 @@
     {"instruction": str, "template": str, "ids": [int, ...], "text": str, "finished": bool}
 
 `ids` are the answer's tokens without EOS; `finished` says that the LLM ended it with EOS, rather
-than being cut at the token limit. The index repeats `num_tokens` (EOS included) and `instruction`
-per target, so that planning opens no tar.
+than being cut at the token limit. The index repeats `num_tokens` (EOS included; 0 for an answer
+without ids, which is nothing to learn from) and `instruction` per target, so that planning opens
+no tar.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ def _parse(raw: Any, number: int) -> Target:
 def _index_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     targets = parse_targets(record)
     return {
-        "num_tokens": [len(target.ids) + target.finished for target in targets],
+        "num_tokens": [len(t.ids) + t.finished if t.ids else 0 for t in targets],
         "instruction": [target.instruction for target in targets],
     }
 

@@ -57,6 +57,7 @@ def _walk(options: argparse.Namespace) -> None:
         np.ones(len(shards), np.int64),
         shards.num_samples,
         tokens_per_bin=max(1, len(shards)),
+        refused=shards.lost,
         **budgets,
     )
     ledger = None

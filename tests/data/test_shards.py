@@ -198,3 +198,31 @@ def test_columns(base) -> None:
     assert base.languages.to_pylist() == ["en"] * 9
     with pytest.raises(ShardError, match="no column 'mood'"):
         base.column("mood")
+
+
+def test_truncated_tar_gives_what_it_still_holds(base, tmp_path) -> None:
+    overlay = made.targets(tmp_path / "t", base).shards
+    for shards, tar, first_lost, member in (
+        (base, base.addresses[2], 6, "json"),
+        (overlay, overlay.addresses[0], 2, "targets.json"),
+    ):
+        os.truncate(tar, shards.place(first_lost, member)[0] + 1)
+    again = ShardSet.open(tmp_path / "s")
+    assert again.digest != base.digest
+    assert set(again.lost) == {6, 7}
+    assert again.lost[6].startswith(f"truncated tar: {base.addresses[2]} has ")
+    assert again.read(5, "flac") == base.read(5, "flac")
+    joined = Overlay.open(tmp_path / "t", again)
+    assert {again.key(i) for i in joined.lost} == set(overlay.keys.to_pylist()[2:4])
+    assert [joined.record(i)["targets"] for i in range(9) if i not in joined.lost]
+
+
+def test_truncated_tar_of_another_index(base, tmp_path) -> None:
+    tar = tmp_path / "s" / "train-000002.tar"
+    left = tar.read_bytes()[: tar.stat().st_size // 2]
+    tar.write_bytes(left.replace(b"k2-0.flac", b"k9-0.flac"))
+    with pytest.raises(ShardError, match=r"train-000002.parquet.*train-000002.tar"):
+        ShardSet.open(tmp_path / "s")
+    tar.write_bytes(b"")
+    with pytest.raises(ShardError, match=r"train-000002.tar has 0"):
+        ShardSet.open(tmp_path / "s")

@@ -1,15 +1,19 @@
 """The stream: exactly the plan, whatever the ranks, workers and starts; faults are named."""
 
 import hashlib
+import os
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import stream as stream_module
-from data.archive import write_shard
+from data import retry
+from data.archive import ShardError, write_shard
 from data.collate import Batch
 from data.lengths import LengthTable
 from data.prompts import Prompt
+from data.retry import ReadError
 from data.shards import Overlay, ShardSet, write_overlay
 from data.stream import Stream
 from tests.data import made
@@ -124,7 +128,7 @@ def test_too_long_and_too_short_are_known_before(tmp_path) -> None:
 
 @pytest.mark.parametrize("failures", [2, 99])
 def test_refused_reads_are_tried_again_and_then_stop(data, monkeypatch, failures) -> None:
-    monkeypatch.setattr(stream_module, "_RETRY_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0, 0.0))
     left = [failures]
     read = ShardSet.read
 
@@ -154,6 +158,25 @@ def test_records_that_lie_about_their_targets(tmp_path) -> None:
     assert "1 targets" in next(stream.steps(epoch))[0].skipped[0].reason
 
 
+def test_empty_answers_are_refused_or_passed_over(tmp_path) -> None:
+    base = made.shards(tmp_path / "s", [3], longest=8000)
+    silent, heard = made.target(tokens=0), made.target(tokens=2)
+    records = [[silent], [silent, heard, silent, heard], [heard]]
+    items = zip(base.keys.to_pylist(), records, strict=True)
+    write_overlay(tmp_path / "t.tar", ((k, {"targets": r}) for k, r in items), base=base)
+    stream = build(base, Overlay.open(tmp_path / "t.tar", base))
+    assert [(s.key, s.reason) for s in stream.skipped(0)] == [
+        (base.key(0), "stage 1's answer is empty")
+    ]
+    assert {int(stream.lengths.target_of(epoch)[1]) for epoch in range(4)} == {1, 3}
+    for epoch in range(2):
+        batches = [batch for step in stream.steps(epoch) for batch in step]
+        assert sorted(k for b in batches for k in b.keys) == base.keys.to_pylist()[1:]
+        planned = dict(zip(base.keys.to_pylist(), stream.lengths.tokens(epoch), strict=True))
+        for batch in batches:
+            assert list(batch.lengths) == [planned[k] for k in batch.keys] or not batch.keys
+
+
 def test_length_table_reads_each_instruction_once(data) -> None:
     class Counting(Prompt):
         asked = 0
@@ -166,3 +189,79 @@ def test_length_table_reads_each_instruction_once(data) -> None:
     table = LengthTable(*data, prompt, made.Rule(), seed=0)
     assert prompt.asked == 2
     assert table.tokens(0).dtype == np.int64
+
+
+def test_truncated_tars_are_trained_on_what_is_left(tmp_path) -> None:
+    base = made.shards(tmp_path / "s", [3, 4], longest=8000)
+    overlay = made.targets(tmp_path / "t", base)
+    os.truncate(base.addresses[1], base.place(5, "flac")[0] + 100)
+    os.truncate(overlay.shards.addresses[1], overlay.shards.place(5, "targets.json")[0])
+    short = ShardSet.open(tmp_path / "s")
+    stream = build(short, Overlay.open(tmp_path / "t", short))
+    trained = [key for step in stream.steps(0) for batch in step for key in batch.keys]
+    skipped = {skip.key: skip.reason for skip in stream.skipped(0)}
+    assert sorted([*trained, *skipped]) == sorted(base.keys.to_pylist())
+    assert len(skipped) == 4
+    assert all(reason.startswith("truncated tar") for reason in skipped.values())
+    assert not any(batch.skipped for step in stream.steps(0) for batch in step)
+
+
+class Killing(Prompt):
+    """Kills its worker at a sample, as often as there are files in the folder `lives`."""
+
+    lives: Path
+    victim: str
+
+    def with_speech(self, instruction, slots):
+        if instruction == self.victim:
+            for life in self.lives.iterdir():
+                life.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().with_speech(instruction, slots)
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 99])
+def test_killed_workers_are_replaced_or_stop_the_run(data, tmp_path, monkeypatch, deaths) -> None:
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    base, overlay = data
+    whole = [[fingerprint(b) for b in step] for step in build(base, overlay).steps(0)]
+    prompt = Killing(made.ByteTokenizer(), "U {instruction} : {input} A")
+    prompt.lives, prompt.victim = tmp_path, "say 1"
+    for number in range(deaths):
+        (tmp_path / str(number)).touch()
+    stream = build(base, overlay, workers=2)
+    stream.prompt = prompt
+    handler = signal.getsignal(signal.SIGCHLD)
+    if deaths < 99:
+        assert [[fingerprint(b) for b in step] for step in stream.steps(0)] == whole
+        assert not list(tmp_path.iterdir())
+    else:
+        with pytest.raises(ReadError, match=r"data workers died 3 times .* resume") as caught:
+            list(stream.steps(0))
+        assert "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+class Broken(Prompt):
+    def with_speech(self, instruction, slots):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_leave_a_worker_as_they_are(data, workers) -> None:
+    class Local(Exception):  # which does not pickle
+        pass
+
+    stream = build(*data, workers=workers)
+    stream.prompt = broken = Broken(made.ByteTokenizer(), "{input}")
+    for error, kind in (
+        (ShardError("one line"), ShardError),
+        (ReadError("one line"), ReadError),
+        (KeyError("one line"), KeyError),
+        (Local("one line"), RuntimeError),
+    ):
+        broken.error = error
+        with pytest.raises(kind, match="one line") as caught:
+            next(stream.steps(0))
+        assert str(caught.value).count("\n") == 0
+        assert hasattr(caught.value, "__notes__") == (kind is KeyError)
