@@ -15,6 +15,7 @@ Everything of one case is measured in turn, in one run; figures are medians.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import random
 import statistics
@@ -278,6 +279,7 @@ def _peak_bytes(run: Run, device: str) -> int:
     """Memory that forward and backward took beyond what was there before."""
     gc.collect()
     if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not count as already there
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status_bytes("VmRSS")
         _time(run, device)
