@@ -54,8 +54,10 @@ def guarded(main: Callable[[], None]) -> int:
     try:
         main()
     except MENDABLE as e:
+        rank = os.environ.get("RANK", "0")
+        where = f"error on rank {rank}" if rank != "0" else "error"
         for line in str(e).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"{where}: {line}", file=sys.stderr, flush=True)
         return 2
     except Stopped as e:
         console.print(f"stopped: {e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -10,7 +11,8 @@ import time
 import pytest
 import torch
 
-from tests.launch import launch, start
+from tests import tiny
+from tests.launch import launch, python, start
 from tests.train.conftest import STEPS, Workspace
 
 
@@ -100,12 +102,12 @@ def test_two_ranks_equal_one(workspace: Workspace, uninterrupted: str, one_rank:
 
 
 def test_first_gradient_is_the_same_on_one_two_and_three_ranks(workspace: Workspace) -> None:
-    # After one step Adam's first moment is a tenth of the (clipped) gradient, whole. Four bins
-    # on three ranks leave two of them with a dummy.
+    # After one step Adam's first moment is a tenth of the gradient, whole; clipping is out of the
+    # way, since it would hide a wrong scale. Four bins on three ranks leave two with a dummy.
     found = {}
     for ranks in (1, 2, 3):
         name = f"first-{ranks}"
-        config = workspace.config(name, train__checkpoint_every=1)
+        config = workspace.config(name, train__checkpoint_every=1, train__clip=1e9)
         launch("train/main.py", config, "--set", "train.steps=1", ranks=ranks)
         found[ranks] = workspace.checkpoint(name).moments
     for ranks in (2, 3):
@@ -135,3 +137,37 @@ def test_bfloat16_resumes_exactly_too(workspace: Workspace) -> None:
     launch("train/main.py", whole, *flat, "--set", "train.steps=4", ranks=2)
     assert same_weights(workspace, "half-whole", "half-parts")
     assert workspace.curve("half-whole") == workspace.curve("half-parts")
+
+
+def test_whisper_and_bloom_train_too(workspace: Workspace) -> None:
+    encoder = tiny.encoder(workspace.root / "whisper", "whisper")
+    llm = tiny.llm(workspace.root / "bloom", "bloom")
+    config = workspace.config("others", train__precision="bf16")
+    launch(
+        "train/main.py", config, "--set", f"model.encoder.path={encoder}",
+        "--set", f"model.decoder.path={llm}", "--set", "model.encoder.sharded=true",
+        "--set", "train.steps=6", ranks=2,
+    )  # fmt: skip
+    losses = [loss for _, loss in workspace.curve("others")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_dry_run_counts_what_a_run_trains(workspace: Workspace, uninterrupted: str) -> None:
+    path = workspace.root / "dry.json"
+    config = workspace.root / f"{uninterrupted}.yaml"
+    said = python("train/main.py", config, "--dry-run", "--json", path)
+    found = json.loads(path.read_text())
+    weights = workspace.checkpoint(uninterrupted).weights
+    assert sum(found["parameters"]["trained"].values()) == sum(w.numel() for w in weights.values())
+    assert "layer norm" in said
+    assert found["config"]["train"]["steps"] == STEPS
+
+
+def test_an_unknown_key_stops_every_rank_with_a_line(
+    workspace: Workspace, uninterrupted: str
+) -> None:
+    config = workspace.root / f"{uninterrupted}.yaml"
+    said = launch("train/main.py", config, "--set", "train.lrr=1", ranks=2, fails=True)
+    assert "unknown key 'train.lrr'; did you mean 'lr'?" in said
+    assert "Traceback" not in said
