@@ -26,6 +26,8 @@ $(READY): constraints.txt setup.py pyproject.toml $(shell find csrc -type f 2>/d
 		setuptools wheel ninja numpy packaging torch torchaudio
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-build-isolation -e '.[dev,micro]'
+	@# pip hides what the build says; nothing is compiled twice.
+	@$(BIN)/python csrc/build.py
 	@touch $@
 
 demo: $(READY)

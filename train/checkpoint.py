@@ -39,6 +39,8 @@ class State:
     epoch: int
     epoch_step: int
     """Position in the data: the next step of `epoch` to train."""
+    trained: int
+    """Samples trained so far, in all epochs."""
     plan: str
     """Digest of what determines the order of the data; a resumed run must have the same."""
     tracker_run: str

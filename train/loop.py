@@ -94,15 +94,14 @@ class Trainer:
         self.config, self.here, self.engine, self.feed = config, here, engine, feed
         self.tracker, self.tracker_run = tracker, tracker_run
         self.folder = config.run.output / "checkpoints"
-        self.step = self.epoch = self.epoch_step = 0
+        self.step = self.epoch = self.epoch_step = self.trained = 0
         self.skipped: list[dict[str, str]] = []
-        self.trained = 0
         if found is None:
             self._leave_out(0)
         else:
             state = found.state
             self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
-            self.skipped = list(state.skipped)
+            self.trained, self.skipped = state.trained, list(state.skipped)
 
     def run(self) -> None:
         """Train until the configured number of steps, over as many epochs as that takes."""
@@ -183,6 +182,7 @@ class Trainer:
                 step=self.step,
                 epoch=self.epoch,
                 epoch_step=self.epoch_step,
+                trained=self.trained,
                 plan=self.feed.digest,
                 tracker_run=self.tracker_run,
                 config=self.config.resolved(),

@@ -9,7 +9,9 @@ from train import checkpoint as ckpt
 
 
 def state(step: int) -> ckpt.State:
-    return ckpt.State(step, 0, step, "plan", "run", {"a": 1}, "rev", [{"key": "k", "reason": "r"}])
+    return ckpt.State(
+        step, 0, step, 8, "plan", "run", {"a": 1}, "rev", [{"key": "k", "reason": "r"}]
+    )
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
