@@ -129,18 +129,18 @@ def build(settings: LanguageModelSettings, tokenizer: PreTrainedTokenizerFast) -
         "use_cache": False,
     }
     if settings.kind == "bloom":
-        config = BloomConfig(**common, n_layer=settings.layers, n_head=settings.heads)
-        return BloomForCausalLM(config)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **common,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            intermediate_size=settings.inner,
-            max_position_embeddings=1024,
-        )
+        bloom = BloomConfig(**common, n_layer=settings.layers, n_head=settings.heads)
+        return BloomForCausalLM(bloom)
+    llama = LlamaConfig(
+        **common,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        intermediate_size=settings.inner,
+        max_position_embeddings=1024,
     )
+    # Eager: on CPU the fused attention's backward pass is many times slower at these sizes.
+    return LlamaForCausalLM._from_config(llama, attn_implementation="eager")
 
 
 def train(
@@ -161,7 +161,9 @@ def train(
     stream = batches(Documents(tokenizer, rng, heldout=False), settings, rng)
     for step, (ids_BT, labels_BT) in enumerate(islice(stream, settings.steps), 1):
         with torch.autocast("cpu", torch.bfloat16):
-            logits_BTV = model(input_ids=ids_BT).logits
+            logits_BTV = model(
+                inputs_embeds=_blurred(model, ids_BT, labels_BT, settings.blur)
+            ).logits
         loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten())
         optimizer.step(loss)
         report(step, settings.steps, f"loss {loss.item():.3f}")
@@ -170,6 +172,19 @@ def train(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"exact_match_from_text": exact_match(model, tokenizer)}
+
+
+def _blurred(
+    model: PreTrainedModel, ids_BT: torch.Tensor, labels_BT: torch.Tensor, most: float
+) -> torch.Tensor:
+    """Embeddings with noise on the prompts, from none to `most` times the embeddings' own spread.
+
+    An adapter's slots never are the embeddings of words, only near them.
+    """
+    embedded_BTH = model.get_input_embeddings()(ids_BT)
+    strength_B11 = most * torch.rand(len(ids_BT), 1, 1) * embedded_BTH.detach().std()
+    noise_BTH = torch.randn_like(embedded_BTH) * strength_B11
+    return embedded_BTH + noise_BTH * (labels_BT < 0)[..., None]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ class LanguageModelSettings:
     matrix_lr: float = 5e-3
     other_lr: float = 5e-3
     disturbed: float = 0.6  # share of source sentences that are said carelessly
+    blur: float = 1.0  # noise on the embeddings of a prompt, at most, relative to their spread
     seed: int = 2
 
 

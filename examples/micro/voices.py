@@ -28,9 +28,9 @@ _CHARS_UTF8 = 1
 _DIALECTS = {"en": ("en-us", "en"), "es": ("es", "es-419"), "de": ("de", "de")}
 # Many, since it is the number of training voices that decides how well a new voice is understood.
 _TRAIN_VARIANTS = (
-    "m1 m2 m3 m5 m6 m8 f1 f2 f4 Alicia Andrea Andy Annie Denis Gene Lee Marco Mario Michael adam"
-    " anika antonio aunty belinda benjamin boris caleb david ed grandma grandpa ian john linda max"
-    " miguel norbert pablo paul quincy rob sandro shelby steph travis victor"
+    "m1 m2 m3 m5 m6 m8 f1 f2 f4 Andy Annie Denis Gene Mario Michael adam"
+    " antonio aunty belinda benjamin boris ed grandma grandpa ian john linda max"
+    " miguel norbert pablo paul quincy rob sandro travis victor"
 ).split()
 _TEST_VARIANTS = "m4 m7 f3 f5".split()
 

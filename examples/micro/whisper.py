@@ -162,9 +162,10 @@ def _losses(
     ]  # fmt: skip
     length = max(map(len, rows))
     row_BT = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
+    features = _features(processor, batch)
     with torch.autocast("cpu", torch.bfloat16):
         result = model(
-            input_features=_features(processor, batch),
+            input_features=features,
             decoder_input_ids=row_BT[:, :-1].clamp(min=0),
             use_cache=False,
         )
