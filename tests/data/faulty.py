@@ -12,7 +12,8 @@ class FaultyServer(ThreadingHTTPServer):
     """Faults are taken from the front of `faults`, one per request for a tar.
 
     An int is an HTTP status; "stall" sends half of the body and then nothing; "cut" half, and
-    closes; "drip" a byte at a time; "garbage" as many other bytes; "flat" ignores the range.
+    closes; "drip" a byte at a time; "garbage" as many other bytes; "flat" ignores the range;
+    "short" sends less of it than asked for.
     """
 
     daemon_threads = True
@@ -67,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._head(416, 0, f"bytes */{len(data)}")
                 return
             last = min(last, len(data) - 1)
+            last -= fault == "short"
             status, told = 206, f"bytes {first}-{last}/{len(data)}"
             data = data[first : last + 1]
         self._head(status, len(data), told)

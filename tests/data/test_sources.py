@@ -117,6 +117,12 @@ def test_transient_faults_are_tried_again(folder, server, cache, fault, cached) 
     assert len(server.tars()) == 3
 
 
+def test_less_of_a_range_than_asked_for(folder, server) -> None:
+    server.faults = ["short"]
+    assert first_read(over_http(server)) == local(folder).read(0, "flac")
+    assert len(server.tars()) == 2
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize(("fault", "told"), [(500, "HTTP 500"), ("stall", "timed out|Timeout")])
 def test_lasting_faults_stop_in_one_line(server, cache, fault, told, cached) -> None:
@@ -224,9 +230,10 @@ def test_the_cache_keeps_within_its_limit(tmp_path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_many_readers_of_one_small_cache(tmp_path) -> None:
+@pytest.mark.parametrize("shards_kept", [4, 20])
+def test_many_readers_of_one_cache(tmp_path, shards_kept) -> None:
     sizes = sized(tmp_path / "s")
-    cache = Cache(tmp_path / "cache", max(sizes) * 4)
+    cache = Cache(tmp_path / "cache", max(sizes) * shards_kept)
     with serving(tmp_path / "s") as server:
         shards = ShardSet.open(f"{server.address}/b-{{000000..000005}}.tar", cache)
         truth = everything(ShardSet.open(tmp_path / "s"))
@@ -239,6 +246,7 @@ def test_many_readers_of_one_small_cache(tmp_path) -> None:
             reader.start()
         for reader in readers:
             reader.join(60)
+        assert shards_kept < 6 or len(server.tars()) == 6  # the others waited for the first
     assert found == [True] * 3
     assert sum(p.stat().st_size for p in cache.folder.iterdir()) <= cache.limit_bytes
 

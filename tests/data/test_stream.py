@@ -206,35 +206,38 @@ def test_truncated_tars_are_trained_on_what_is_left(tmp_path) -> None:
     assert not any(batch.skipped for step in stream.steps(0) for batch in step)
 
 
-class Killing(Prompt):
-    """Kills its worker at a sample, as often as there are files in the folder `lives`."""
+class Killing:
+    """Kills its worker at clips of certain lengths, as often as there are files in a folder."""
 
-    lives: Path
-    victim: str
+    def __init__(self, folders: dict[int, Path]):
+        self.folders = folders
 
-    def with_speech(self, instruction, slots):
-        if instruction == self.victim:
-            for life in self.lives.iterdir():
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        if len(wave) in self.folders:
+            for life in self.folders[len(wave)].iterdir():
                 life.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().with_speech(instruction, slots)
+        return wave
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 99])
 def test_killed_workers_are_replaced_or_stop_the_run(data, tmp_path, monkeypatch, deaths) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
-    base, overlay = data
-    whole = [[fingerprint(b) for b in step] for step in build(base, overlay).steps(0)]
-    prompt = Killing(made.ByteTokenizer(), "U {instruction} : {input} A")
-    prompt.lives, prompt.victim = tmp_path, "say 1"
-    for number in range(deaths):
-        (tmp_path / str(number)).touch()
-    stream = build(base, overlay, workers=2)
-    stream.prompt = prompt
+    whole = list(build(*data).steps(0))
+    stream = build(*data, workers=2)
+    folders = {}
+    for step in (0, -1):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        folders[next(b.samples[0] for b in whole[step] if b.keys)] = folder
+        for number in range(deaths):
+            (folder / str(number)).touch()
+    stream.featurize = Killing(folders)
     handler = signal.getsignal(signal.SIGCHLD)
     if deaths < 99:
-        assert [[fingerprint(b) for b in step] for step in stream.steps(0)] == whole
-        assert not list(tmp_path.iterdir())
+        found = [[fingerprint(b) for b in step] for step in stream.steps(0)]
+        assert found == [[fingerprint(b) for b in step] for step in whole]
+        assert not list(tmp_path.glob("*/*"))
     else:
         with pytest.raises(ReadError, match=r"data workers died 3 times .* resume") as caught:
             list(stream.steps(0))

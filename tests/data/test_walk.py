@@ -13,6 +13,7 @@ import pytest
 
 from data import walk
 from data.ledger import Ledger, LedgerError, committed
+from data.shards import ShardSet
 from tests.data import made
 
 BUDGET = ("--seconds-per-bin", "2", "--bins-per-step", "3")
@@ -113,34 +114,52 @@ def test_no_ledger(tmp_path, capsys) -> None:
     assert run("--ledger", "--state", tmp_path / "bad") == 1
 
 
-def test_killed_at_random_moments_the_ledger_is_the_corpus(folder, tmp_path, capsys) -> None:
-    state, draw = tmp_path / "state", random.Random(0)
+def test_killed_fifty_times_the_ledger_is_the_corpus(tmp_path, capsys) -> None:
+    made.shards(tmp_path / "s", [70, 0, 90, 80], longest=4000)
+    shards, state, draw = str(tmp_path / "s"), str(tmp_path / "state"), random.Random(0)
+    budget = ("--seconds-per-bin", "0.5", "--bins-per-step", "1")
     kills = 0
-    for _ in range(40):
-        arguments = ["--world", str(draw.randint(1, 5)), "--state", str(state), *BUDGET]
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, str(folder), *arguments], stdout=subprocess.DEVNULL
-        )
-        before = state.stat().st_size if state.exists() else 0
-        while process.poll() is None and (not state.exists() or state.stat().st_size == before):
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
+    while kills < 50:
+        arguments = [shards, "--world", str(draw.randint(1, 16)), "--state", state, *budget]
+        child = os.fork()
+        if not child:
+            slowly(arguments)
+        time.sleep(draw.random() * 0.06)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         kills += 1
-    assert kills >= 2
-    assert run("--ledger", "--state", state) == 0
-    keys = [key for line in lines(capsys) for key in line["keys"]]
-    assert run(folder) == 0
-    assert sorted(keys) == sorted(key for line in lines(capsys) for key in line["keys"])
+    killed_at = len(list(committed(Path(state))))
+    assert walk.main([shards, "--state", state, *budget]) == 0
+    lines(capsys)
+    assert walk.main([shards, *budget]) == 0
+    walked = [line["keys"] for line in lines(capsys)]
+    assert 10 < killed_at < len(walked)
+    told = list(committed(Path(state)))
+    assert [line["step"] for line in told] == list(range(len(told)))
+    assert [line["keys"] for line in told] == walked
+    keys = sorted(key for keys in walked for key in keys)
+    assert keys == sorted(ShardSet.open(shards).keys.to_pylist())
 
 
-# The walk, with a pause after each line, so that there is something to kill.
-SLOW = """
-import sys, time
-from data import walk
-shown = walk._print
-walk._print = lambda line: (shown(line), time.sleep(0.02))
-sys.exit(walk.main())
-"""
+def slowly(arguments: list[str]) -> None:
+    """The walk, with a pause after each line, so that there is something to kill; never returns."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    walk._print = lambda line: time.sleep(0.002)
+    try:
+        os._exit(walk.main(arguments))
+    finally:
+        os._exit(1)
+
+
+def test_killed_as_a_command(folder, tmp_path, capsys) -> None:
+    state = tmp_path / "state"
+    command = [sys.executable, "-m", "data.walk", str(folder), "--state", str(state), *BUDGET]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    assert run(folder, "--state", state) == 0
+    lines(capsys)
+    keys = [key for line in committed(state) for key in line["keys"]]
+    assert sorted(keys) == sorted(ShardSet.open(folder).keys.to_pylist())
