@@ -9,6 +9,8 @@ config=configs/micro/blsp.yaml
 ranks=${RANKS:-2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export MLFLOW_DISABLE_TELEMETRY=true
+# Where there is no GPU, DeepSpeed otherwise says so once per process.
+command -v nvidia-smi > /dev/null || export DS_ACCELERATOR=cpu
 
 step() {
   local began=$SECONDS title=$1

@@ -19,12 +19,12 @@ class LanguageModelSettings:
     layers: int = 3
     heads: int = 4
     inner: int = 384  # of Llama's feed-forward; BLOOM's is four times the width
-    steps: int = 400
+    steps: int = 600
     tokens_per_batch: int = 3000
     matrix_lr: float = 5e-3
     other_lr: float = 5e-3
     disturbed: float = 0.6  # share of source sentences that are said carelessly
-    blur: float = 1.0  # noise on the embeddings of a prompt, at most, relative to their spread
+    blur: float = 0.8  # noise on the embeddings of a prompt, at most, relative to their spread
     seed: int = 2
 
 
