@@ -146,6 +146,9 @@ def _remember(queue: Queue) -> None:
 
 
 def _train(out: Path, name: str) -> None:
+    from transformers.utils import logging  # slow to import, so not where nothing is trained
+
+    logging.disable_progress_bar()
     started = time.monotonic()
     part = MODELS[name]
     _unmake(out, part)
