@@ -30,12 +30,17 @@ class AudioError(ValueError):
     """A fault of the audio's content, there again tomorrow; the message is the reason."""
 
 
-def decode(source: str | Path | bytes | BinaryIO, *, max_seconds: float) -> np.ndarray:
+def decode(
+    source: str | Path | bytes | BinaryIO,
+    *,
+    max_seconds: float,
+    span: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Audio as a float32 [S] waveform, mono, 16 kHz, full scale 1.0; S >= 1.
 
-    `source` is a path, the bytes of a file, or an open binary file. Raises `AudioError` where it
-    is no audio, truncated, empty, not finite, or longer than `max_seconds`; `OSError` where a
-    path cannot be read.
+    `source` is a path, the bytes of a file, or an open binary file; `span` is the part to decode,
+    from one second to another. Raises `AudioError` where it is no audio, truncated, empty, not
+    finite, or longer than `max_seconds`; `OSError` where a path cannot be read.
     """
     if isinstance(source, str | Path):
         Path(source).stat()  # libsndfile's own message for a missing file does not say so
@@ -44,8 +49,11 @@ def decode(source: str | Path | bytes | BinaryIO, *, max_seconds: float) -> np.n
         source = io.BytesIO(source)
     try:
         with soundfile.SoundFile(source) as sound:
-            _check_header(sound, max_seconds)
-            mono = _read_mono(sound, max_seconds)
+            if span is None:
+                _check_header(sound, sound.frames, max_seconds)
+                mono = _read_mono(sound, sound.frames, max_seconds)
+            else:
+                mono = _read_span(sound, *span, max_seconds)
             rate = sound.samplerate
     except soundfile.LibsndfileError as error:
         raise AudioError(f"not audio that libsndfile can open ({error.error_string})") from None
@@ -68,13 +76,13 @@ def encode_flac(wave: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _check_header(sound: soundfile.SoundFile, max_seconds: float) -> None:
+def _check_header(sound: soundfile.SoundFile, frames: int, max_seconds: float) -> None:
     if not 1 <= sound.samplerate <= _MAX_RATE:
         raise AudioError(f"sample rate {sound.samplerate} Hz is not within 1 to {_MAX_RATE}")
     if not 1 <= sound.channels <= _MAX_CHANNELS:
         raise AudioError(f"{sound.channels} channels are not within 1 to {_MAX_CHANNELS}")
-    if sound.frames > max_seconds * sound.samplerate:
-        seconds = sound.frames / sound.samplerate
+    if frames > max_seconds * sound.samplerate:
+        seconds = frames / sound.samplerate
         raise AudioError(f"too long: {seconds:.1f} s, over the limit of {max_seconds:g} s")
     # libsndfile shortens a WAV's frame count to what the file holds and says so only in its log.
     # Sizes from 2 GiB are what programs write that stream to a pipe and cannot know the length.
@@ -83,13 +91,28 @@ def _check_header(sound: soundfile.SoundFile, max_seconds: float) -> None:
         raise AudioError(f"truncated: the header has {cut[1]} bytes of audio, the file {cut[2]}")
 
 
-def _read_mono(sound: soundfile.SoundFile, max_seconds: float) -> np.ndarray:
-    """All frames, averaged over channels, float32 [frames]; a short count is a truncated file."""
+def _read_span(
+    sound: soundfile.SoundFile, start: float, stop: float, max_seconds: float
+) -> np.ndarray:
+    first, last = (round(second * sound.samplerate) for second in (start, stop))
+    if not 0 <= first < last <= sound.frames:
+        raise AudioError(
+            f"bad span: {start:g} to {stop:g} s of {sound.frames / sound.samplerate:g} s"
+        )
+    _check_header(sound, last - first, max_seconds)
+    sound.seek(first)
+    return _read_mono(sound, last - first, max_seconds)
+
+
+def _read_mono(sound: soundfile.SoundFile, frames: int, max_seconds: float) -> np.ndarray:
+    """`frames` frames from here, averaged over channels, float32; fewer: a truncated file."""
     blocks: list[np.ndarray] = []
     found, limit = 0, max_seconds * sound.samplerate
     while True:
         try:
-            block = sound.read(_BLOCK, dtype="float32", always_2d=True)
+            # Of a whole file all there is, whatever its header says; of a span no more than that.
+            size = _BLOCK if frames == sound.frames else min(_BLOCK, frames - found)
+            block = sound.read(size, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise AudioError(
                 f"truncated or corrupt: the header has {sound.frames} samples, decoding stopped "
@@ -101,8 +124,8 @@ def _read_mono(sound: soundfile.SoundFile, max_seconds: float) -> np.ndarray:
         blocks.append(block[:, 0] if sound.channels == 1 else block.mean(axis=1))
         if len(block) < _BLOCK:
             break
-    if found < sound.frames:
-        raise AudioError(f"truncated: the header has {sound.frames} samples, the file {found}")
+    if found < frames:
+        raise AudioError(f"truncated: the header has {frames} samples, the file {found}")
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 

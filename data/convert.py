@@ -103,7 +103,7 @@ def _row(utterance: Utterance, max_seconds: float) -> Row | str:
     if not _exists(utterance.audio):
         return "missing file"
     try:
-        wave = decode(utterance.audio, max_seconds=max_seconds)
+        wave = decode(utterance.audio, max_seconds=max_seconds, span=utterance.span)
     except AudioError as error:
         return str(error)
     if is_silent(wave):

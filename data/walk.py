@@ -54,9 +54,9 @@ def _walk(options: argparse.Namespace) -> None:
     }
     plan = Plan(
         shards.shard_of,
-        np.ones(len(shards), np.int64),
+        np.zeros(len(shards), np.int64),
         shards.num_samples,
-        tokens_per_bin=max(1, len(shards)),
+        tokens_per_bin=1,
         refused=shards.lost,
         **budgets,
     )

@@ -14,7 +14,8 @@ class Utterance:
     """One recording with its transcript.
 
     `text` is normalised as the corpus's reader documents, `raw_text` as found; `language` and
-    `split` are None where the corpus does not say; `extra` is kept in the shard's JSON.
+    `split` are None where the corpus does not say; `extra` is kept in the shard's JSON. `span` is
+    its part of a longer recording, from one second to another.
     """
 
     key: str
@@ -25,6 +26,7 @@ class Utterance:
     speaker: str | None
     split: str | None
     extra: dict[str, Any] = field(default_factory=dict)
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
