@@ -35,7 +35,7 @@ class Wav2Vec2Settings:
     layers: int = 4
     heads: int = 4
     inner: int = 384
-    steps: int = 700
+    steps: int = 600
     seconds_per_batch: float = 64.0
     matrix_lr: float = 4e-3
     other_lr: float = 4e-3
