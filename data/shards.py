@@ -125,12 +125,13 @@ class ShardSet:
         if name not in self._columns:
             parts: list[pa.Array] = []
             for address, index in zip(self.addresses, self._indexes, strict=True):
-                schema = pq.read_schema(_file(index))
-                if name in schema.names:
-                    parts += pq.read_table(_file(index), columns=[name]).column(0).chunks
-                elif pq.read_metadata(_file(index)).num_rows:
-                    where = shown(index_address(address))
-                    raise ShardError(f"{where}: no column {name!r}, found {schema.names}")
+                with pq.ParquetFile(_file(index)) as file:
+                    names = file.schema_arrow.names
+                    if name in names:
+                        parts += file.read([name], use_threads=False).column(0).chunks
+                    elif file.metadata.num_rows:
+                        where = shown(index_address(address))
+                        raise ShardError(f"{where}: no column {name!r}, found {names}")
             self._columns[name] = pa.chunked_array(parts) if parts else pa.chunked_array([[]])
         return self._columns[name]
 

@@ -109,7 +109,7 @@ relaxed = {
 
 
 @case
-@settings(max_examples=6, **relaxed)
+@settings(max_examples=3, **relaxed)
 def test_any_worlds_workers_and_stops(sizes, bad, budgets, draw) -> None:
     check(sizes, bad, budgets, draw)
 
