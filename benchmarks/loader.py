@@ -183,7 +183,7 @@ def made_index(folder: Path, samples: np.ndarray, per_shard: int) -> None:
 
 def throughput(report: Report, folder: Path, quick: bool) -> None:
     """Samples per second, decoded and collated, of an epoch from its start, workers' too."""
-    count = 200 if quick else 2000
+    count = 200 if quick else 600
     joint = clips(folder, count, 12.3, 100)
     shar = folder / "shar"
     for workers in (0, 2):
@@ -220,7 +220,7 @@ def has(package: str) -> bool:
 def collated(samples: list[tuple[str, np.ndarray, bytes]]) -> Batch:
     """What `Stream` makes of a bin, for rivals: (key, wave, targets.json)."""
     documents, made = [], []
-    for key, wave, raw in samples:
+    for _, wave, raw in samples:
         target = parse_targets(json.loads(raw))[0]
         clip = make_clip(wave, Rule(), waveform)
         heard = PROMPT.with_speech(target.instruction, clip.slots)
