@@ -31,10 +31,11 @@ class Workspace:
         return tiny.write_config(self.root / f"{name}.yaml", tree)
 
     def curve(self, name: str, metric: str = "train/loss") -> list[tuple[int, float]]:
-        """(step, value) of every point logged in the one run of its tracking database."""
+        """(step, value) of every point logged in the one training run of its database."""
         client = mlflow.MlflowClient(f"sqlite:///{self.root / name}.db")
         (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
-        (run,) = client.search_runs([experiment.experiment_id])
+        training = "tags.`hearken.stage` = 'train'"
+        (run,) = client.search_runs([experiment.experiment_id], training)
         history = client.get_metric_history(run.info.run_id, metric)
         return sorted((m.step, m.value) for m in history)
 

@@ -113,7 +113,10 @@ def test_first_gradient_is_the_same_on_one_two_and_three_ranks(workspace: Worksp
     for ranks in (2, 3):
         for name, one in found[1].items():
             if name.startswith("exp_avg/"):
-                torch.testing.assert_close(found[ranks][name], one, rtol=1e-4, atol=1e-8)
+                # An element is a sum of some thousand terms that may cancel; each is rounded at
+                # the scale of the tensor's largest, not at the element's own.
+                atol = 1e-5 * one.abs().max().item()
+                torch.testing.assert_close(found[ranks][name], one, rtol=1e-4, atol=atol)
 
 
 def test_changed_data_order_is_refused(workspace: Workspace, uninterrupted: str) -> None:
