@@ -183,7 +183,9 @@ def _pad_features(features: Sequence[np.ndarray]) -> torch.Tensor:
     if not features:
         return torch.zeros(0, 0)
     longest = max(feature.shape[-1] for feature in features)
-    padded = torch.zeros(len(features), *features[0].shape[:-1], longest)
+    # By NumPy: torch would copy with all its threads, which costs more than it gains, and much
+    # more where the cores are busy.
+    padded = np.zeros((len(features), *features[0].shape[:-1], longest), dtype=np.float32)
     for row, feature in zip(padded, features, strict=True):
-        row[..., : feature.shape[-1]] = torch.from_numpy(feature)
-    return padded
+        row[..., : feature.shape[-1]] = feature
+    return torch.from_numpy(padded)
