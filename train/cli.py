@@ -17,17 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.archive import ShardError
 from data.audio import AudioError
+from data.retry import ReadError
 from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
-from train.progress import console
 
 MENDABLE = (ConfigError, CheckpointError, ShardError, AudioError, TemplateError)
 RESUMABLE = 75
-
-
-class Stopped(Exception):
-    """The run was told to stop and has saved its state."""
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -59,8 +55,8 @@ def guarded(main: Callable[[], None]) -> int:
         for line in str(e).splitlines():
             print(f"{where}: {line}", file=sys.stderr, flush=True)
         return 2
-    except Stopped as e:
-        console.print(f"stopped: {e}")
+    except ReadError as e:
+        print(f"stopped: {e}; run the same command again to continue", file=sys.stderr, flush=True)
         return RESUMABLE
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

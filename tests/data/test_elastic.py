@@ -123,7 +123,7 @@ def test_any_worlds_workers_and_stops(seed) -> None:
 
 @pytest.mark.slow
 @case
-@settings(max_examples=150, **relaxed)
+@settings(max_examples=25, **relaxed)
 def test_any_worlds_workers_and_stops_many_times(sizes, bad, budgets, draw) -> None:
     check(sizes, bad, budgets, draw)
 
