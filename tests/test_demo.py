@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections import defaultdict
@@ -66,13 +67,33 @@ def test_text_bounds_it_and_shuffled_audio_is_near_chance(demo: float, root: Pat
         assert found[task, "shuffled"][0] < 35, task
 
 
-def test_a_recording_made_after_training_is_heard(demo: float, root: Path) -> None:
-    said = python("-m", "examples.micro.record", "runs/micro/heard.wav", "--seed", "11")
-    spoken = said.strip().splitlines()
-    heard = python(
-        "train/listen.py", "runs/micro/blsp", "runs/micro/heard.wav",
-        "--instruction", "repeat the sentence",
-    ).strip().splitlines()[-1]  # fmt: skip
-    sentence = next(line.split(":", 1)[1].strip() for line in spoken if line.startswith("sentence"))
-    measured = jiwer.process_words(sentence, heard)
-    assert measured.substitutions + measured.deletions + measured.insertions <= 1
+def wrong_words(said: str, heard: str) -> int:
+    found = jiwer.process_words(said, heard)
+    return found.substitutions + found.deletions + found.insertions
+
+
+def test_recordings_made_after_training_are_heard(demo: float, root: Path) -> None:
+    """New sentences by voices that training never heard: repeated, and translated when told to.
+
+    One word in 13 is wrong over the test set, so single recordings may fail; most must not.
+    """
+    paths, said, english = [], [], []
+    for language in ("en", "es", "de"):
+        for seed in range(11, 16):
+            path = root / f"runs/micro/heard-{language}-{seed}.wav"
+            out = python(
+                "-m", "examples.micro.record", path, "--language", language, "--seed", str(seed)
+            )
+            texts = dict(re.findall(r"(?:said|translation) \((\w\w)\): (.*)", out))
+            paths.append(path)
+            said.append(texts[language])
+            english.append(texts["en"])
+    for instruction, expected in (
+        ("repeat the sentence", said),
+        ("translate to english", english),
+    ):
+        out = python("train/listen.py", "runs/micro/blsp", *paths, "--instruction", instruction)
+        heard = out.strip().splitlines()[-len(paths) :]
+        wrong = [wrong_words(*pair) for pair in zip(expected, heard, strict=True)]
+        print(instruction, wrong)
+        assert sum(count <= 1 for count in wrong) >= 9
