@@ -7,11 +7,8 @@ counts is a slot that the adapter makes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
-
-Lengths = TypeVar("Lengths", int, np.ndarray)
+from train.ops.segments import Lengths, conv_length
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,7 @@ class Conv:
 
     def out(self, length: Lengths) -> Lengths:
         """Output length, 0 where no output fits. Elementwise on ints and int64 arrays."""
-        out = (length + 2 * self.padding - self.kernel) // self.stride + 1
-        # A length below zero arises only for inputs shorter than the kernel; an empty input
-        # stays empty even where the padding alone would make an output.
-        return out * (out > 0) * (length > 0)
+        return conv_length(length, self.kernel, self.stride, self.padding)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Lengths = TypeVar("Lengths", int, np.ndarray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +89,10 @@ class Segments:
         return Segments.packed(lengths, self.device)
 
 
-def conv_length(length: int, kernel: int, stride: int, padding: int) -> int:
-    """Rows that a convolution leaves of `length` rows; an empty sequence stays empty."""
-    if length == 0:
-        return 0
-    return max(0, (length + 2 * padding - kernel) // stride + 1)
+def conv_length(length: Lengths, kernel: int, stride: int, padding: int) -> Lengths:
+    """Rows that a convolution leaves of `length` rows; an empty sequence stays empty.
+
+    Elementwise on ints and int64 arrays.
+    """
+    out = (length + 2 * padding - kernel) // stride + 1
+    return out * (out > 0) * (length > 0)
