@@ -8,6 +8,7 @@ asks here first; noise and masks do not.
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ class Augment:
     time_masks      SpecAugment: masks per clip, each of up to time_mask_share of its frames
     mel_masks       SpecAugment: masks per clip, each of up to mel_mask_bins bins
     """
+
+    # A misspelt setting is an error in a config, too.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     speeds: tuple[float, ...] = (1.0,)
     noise: Path | None = None

@@ -1,8 +1,8 @@
 """A ledger of training on the data: what was trained, and therefore where to go on.
 
-An append-only file of JSON lines: first the facts that fix the order, then one line per global
-step, `{"epoch", "step", "keys"}`. Keys and position are one line, written by one call and flushed
-to the disk, so that they hold together or not at all: a line cut short by a kill is no line.
+A file of JSON lines: first the facts that fix the order, then one line per global step,
+`{"epoch", "step", "keys"}`. Keys and position are one line, written by one call and flushed to the
+disk, so that they hold together or not at all: a line cut short by a kill is no line.
 """
 
 import fcntl
@@ -49,14 +49,32 @@ class Ledger:
 
     def commit(self, keys: Sequence[str]) -> None:
         """Write down that the next step was trained, on `keys`; then the step after it is next."""
-        self._append({"epoch": self.epoch, "step": self.step, "keys": list(keys)})
-        self.step += 1
+        self.extend([{"epoch": self.epoch, "step": self.step, "keys": list(keys)}])
+
+    def extend(self, steps: Sequence[dict[str, Any]]) -> None:
+        """Write down many steps, in order and at once, as `commit` does for one."""
+        if steps:
+            self._append(*steps)
+            self.epoch, self.step = steps[-1]["epoch"], steps[-1]["step"] + 1
+
+    def rewind(self, epoch: int, step: int) -> None:
+        """Strike out that step and all after it: they are about to be trained again."""
+        with open(self._file.name, "rb") as file:
+            size = len(file.readline())
+            for line in file:
+                found = json.loads(line)
+                if (found["epoch"], found["step"]) >= (epoch, step):
+                    break
+                size += len(line)
+        self._file.truncate(size)
+        self.epoch, self.step = epoch, step
 
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    def _append(self, *lines: dict[str, Any]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        data = text.encode()
         if self._file.write(data) != len(data):
             raise OSError(f"{self._file.name}: the disk took only part of a line")
         os.fdatasync(self._file.fileno())

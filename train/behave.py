@@ -28,6 +28,7 @@ from data.templates import Template, choose, load_templates
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.engine import World, world
+from train.feed import open_cache
 from train.model.build import DTYPES, load_decoder, load_tokenizer
 from train.model.generate import Answer, generate, to_text
 from train.progress import Bar, bar, console
@@ -135,7 +136,7 @@ def run(config: cfg.Config, here: World) -> None:
     behave = config.behave
     if behave is None:
         raise cfg.ConfigError("the config has no `behave` section, which stage 1 needs")
-    shards = ShardSet.open(list(config.data.shards))
+    shards = ShardSet.open(list(config.data.shards), open_cache(config.data))
     templates = load_templates(behave.templates, behave.tasks)
     facts = provenance(config, behave, shards)
     parts = [

@@ -17,12 +17,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.archive import ShardError
 from data.audio import AudioError
+from data.augment import AugmentError
+from data.ledger import LedgerError
 from data.retry import ReadError
 from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
 
-MENDABLE = (ConfigError, CheckpointError, ShardError, AudioError, TemplateError)
+MENDABLE = (
+    ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TemplateError,
+)  # fmt: skip
 RESUMABLE = 75
 
 

@@ -7,6 +7,7 @@ precision, optimizer) is injected there by `train.engine` and must not be repeat
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.augment import Augment
 
 
 class ConfigError(ValueError):
@@ -32,6 +35,9 @@ class Run(Section):
     seed: int = 1
     experiment: str = "hearken"
     tracking_uri: str = "sqlite:///mlflow.db"
+    ledger: bool = False
+    """Keep `ledger.jsonl` in `output`: the keys of every step that the newest checkpoint has
+    trained, as `data.walk --ledger --state` prints them. An audit; costs a gather per step."""
 
 
 class Encoder(Section):
@@ -76,6 +82,12 @@ class Data(Section):
     """Share of samples that may be skipped for bad content before the run stops."""
     workers: int = Field(2, ge=0)
     prefetch: int = Field(4, ge=1)
+    cache: Path | None = None
+    """Folder for local copies of shards that lie behind HTTP(S) or a `pipe:` command."""
+    cache_gb: float = Field(100.0, gt=0)
+    """What that folder may hold, over all processes of a host."""
+    augment: Augment | None = None
+    """What is done to the speech of stage 2 (see `data.augment`); None leaves it as it is."""
 
 
 class Behave(Section):
@@ -200,7 +212,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def _explain(fault: Any, origin: str) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # a dataclass's
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
@@ -212,7 +224,18 @@ def _explain(fault: Any, origin: str) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     section: Any = Config
     for part in location:
-        annotation = section.model_fields[part].annotation
+        if not isinstance(part, str) or part not in _types(section):
+            continue  # an item of a list, or the name of one choice of a union
+        annotation = _types(section)[part]
         options = getattr(annotation, "__args__", (annotation,))
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
-    return list(section.model_fields)
+        section = next(o for o in options if isinstance(o, type) and _types(o))
+    return list(_types(section))
+
+
+def _types(section: Any) -> dict[str, Any]:
+    """Key → type of a section; empty for what is none."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {name: info.annotation for name, info in section.model_fields.items()}
+    if dataclasses.is_dataclass(section):
+        return {field.name: field.type for field in dataclasses.fields(section)}
+    return {}

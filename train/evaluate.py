@@ -25,6 +25,7 @@ from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.engine import World, world
+from train.feed import open_cache
 from train.metrics import score
 from train.model.respond import Question, Responder
 from train.model.transcribe import Transcriber
@@ -203,7 +204,7 @@ def run(config: cfg.Config, checkpoint: Path, json_path: Path | None, here: Worl
     evaluate = config.evaluate
     if evaluate is None:
         raise cfg.ConfigError("the config has no `evaluate` section")
-    shards = ShardSet.open(list(evaluate.shards))
+    shards = ShardSet.open(list(evaluate.shards), open_cache(config.data))
     items: dict[str, list[Item]] = defaultdict(list)
     keys = shards.keys.to_pylist()
     for item in load_items(evaluate.tasks, set(keys)):

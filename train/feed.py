@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data.cache import Cache
 from data.collate import Batch, Skip
 from data.prompts import Prompt
 from data.shards import Overlay, ShardSet
@@ -39,11 +40,17 @@ class Feed:
         return f"{len(self.stream.shards)} utterances ({hours:.2f} h), {steps} steps an epoch"
 
 
+def open_cache(data: cfg.Data) -> Cache | None:
+    """Where copies of remote shards go, if the configuration wants any."""
+    return Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
+
+
 def open_feed(config: cfg.Config) -> Feed:
     """Open shards and targets and lay out the plan; every rank gets the same."""
     data = config.data
-    shards = ShardSet.open(list(data.shards))
-    targets = Overlay.open(list(data.targets), shards)
+    cache = open_cache(data)
+    shards = ShardSet.open(list(data.shards), cache)
+    targets = Overlay.open(list(data.targets), shards, cache=cache)
     tokenizer = load_tokenizer(config.model)
     rule = length_rule(config.model)
     order = {
@@ -60,6 +67,7 @@ def open_feed(config: cfg.Config) -> Feed:
         rule,
         Featurize(config.model.encoder.path),
         workers=data.workers,
+        augment=data.augment,
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch = data.prefetch
@@ -69,6 +77,7 @@ def open_feed(config: cfg.Config) -> Feed:
         "targets": targets.digest,
         "prompt": config.prompt,
         "lengths": repr(rule),
+        "augment": stream.augmenter.facts() if stream.augmenter else None,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Feed(stream, digest)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from data.ledger import Ledger
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.engine import Engine, World
@@ -96,12 +97,17 @@ class Trainer:
         self.folder = config.run.output / "checkpoints"
         self.step = self.epoch = self.epoch_step = self.trained = 0
         self.skipped: list[dict[str, str]] = []
-        if found is None:
-            self._leave_out(0)
-        else:
+        if found is not None:
             state = found.state
             self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
             self.trained, self.skipped = state.trained, list(state.skipped)
+        else:
+            self._leave_out(0)
+        self._ledger: Ledger | None = None
+        self._uncommitted: list[dict[str, Any]] = []  # the ledger's lines since the checkpoint
+        if config.run.ledger and here.rank == 0:
+            self._ledger = Ledger(config.run.output / "ledger.jsonl", {"plan": feed.digest})
+            self._ledger.rewind(self.epoch, self.epoch_step)
 
     def run(self) -> None:
         """Train until the configured number of steps, over as many epochs as that takes."""
@@ -113,6 +119,7 @@ class Trainer:
                     waited = time.perf_counter() - began
                     lr = lr_at(self.step, self.config.train)
                     counts, norm = train_step(self.engine, self.here, batches, lr)
+                    self._enter(batches)
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
                     shown.advance(text=self._line(counts, time.perf_counter() - began))
                     began = time.perf_counter()
@@ -149,6 +156,15 @@ class Trainer:
         self.epoch_step += 1
         if self.step % self.config.train.checkpoint_every == 0:
             self.save()
+
+    def _enter(self, batches: list[Batch]) -> None:
+        """Put the step's keys, of all ranks, into the ledger. A collective."""
+        if self.config.run.ledger:
+            mine = [key for batch in batches for key in batch.keys]
+            keys = [key for rank in self.here.gather(mine) for key in rank]
+            if self._ledger is not None:
+                line = {"epoch": self.epoch, "step": self.epoch_step, "keys": keys}
+                self._uncommitted.append(line)
 
     def _leave_out(self, epoch: int) -> None:
         """Book the samples that no bin of `epoch` can hold."""
@@ -189,6 +205,9 @@ class Trainer:
                 revision=revision(),
                 skipped=self.skipped,
             )
+            if self._ledger is not None:  # ahead of a checkpoint it can be rewound
+                self._ledger.extend(self._uncommitted)
+                self._uncommitted.clear()
             ckpt.save(self.folder, state, weights, moments, self.config.train.keep)
         self.here.barrier()
 

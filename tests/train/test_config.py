@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
         ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
         ("train.lr=fast", "train.lr"),
         ("train.lr=-1", "found -1"),
+        ("data.augment.spedes=[1.0]", "unknown key 'data.augment.spedes'; did you mean 'speeds'?"),
+        ("data.augment.speeds=[9.0]", "speeds must lie within"),
         ("prompt=hello", "prompt must hold {instruction} and {input}"),
         ("nonsense", "must be of the form"),
     ],
@@ -46,8 +49,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_resolved_config_parses_to_itself(tmp_path: Path) -> None:
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path))
-    config = cfg.load(path)
-    assert cfg.parse(config.resolved(), "again") == config
+    config = cfg.load(path, ["data.augment={speeds: [0.9, 1.1], noise: noises}"])
+    assert cfg.parse(json.loads(json.dumps(config.resolved())), "again") == config
 
 
 @pytest.mark.parametrize(
