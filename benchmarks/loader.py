@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.report import Report
 from data.archive import Row, index_path, write_shard
 from data.audio import SAMPLE_RATE, decode, encode_flac
-from data.collate import Batch, Clip, collate
+from data.collate import Batch, Clip, Sample, collate
 from data.plan import Plan
 from data.prompts import Document, Prompt
 from data.shards import Overlay, ShardSet, write_overlay
@@ -219,14 +219,13 @@ def has(package: str) -> bool:
 
 def collated(samples: list[tuple[str, np.ndarray, bytes]]) -> Batch:
     """What `Stream` makes of a bin, for rivals: (key, wave, targets.json)."""
-    documents, made = [], []
-    for _, wave, raw in samples:
+    made = []
+    for key, wave, raw in samples:
         target = parse_targets(json.loads(raw))[0]
         clip = make_clip(wave, Rule(), waveform)
         heard = PROMPT.with_speech(target.instruction, clip.slots)
-        documents.append((*heard, PROMPT.answer(target.ids, target.finished)))
-        made.append(clip)
-    return collate(documents, made, keys=[key for key, _, _ in samples])
+        made.append(Sample(key, (*heard, PROMPT.answer(target.ids, target.finished)), clip))
+    return collate(made)
 
 
 def whole(flac: bytes) -> np.ndarray:

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from data.archive import ContentError
 from data.audio import SAMPLE_RATE, AudioError, decode
 from data.augment import Augment, Augmenter
-from data.collate import Batch, Clip, Skip, collate, dummy_batch
+from data.collate import Batch, Clip, Sample, Skip, collate, dummy_batch
 from data.lengths import LengthRule, LengthTable
 from data.plan import Plan, bins_of
-from data.prompts import Document, Prompt
+from data.prompts import Prompt
 from data.retry import retried
 from data.shards import Overlay, ShardSet
 from data.targets import parse_targets
@@ -111,8 +111,8 @@ class Stream:
             self.wait_seconds += time.perf_counter() - started
             yield step
 
-    def read(self, i: int, target: int, epoch: int) -> tuple[Document, Clip]:
-        """Sample i with the numbered one of its targets, as a document and its clip.
+    def read(self, i: int, target: int, epoch: int) -> Sample:
+        """Sample i with the numbered one of its targets.
 
         Raises `ContentError` or `AudioError` where the stored bytes are at fault, `ReadError`
         where they cannot be read.
@@ -131,7 +131,8 @@ class Stream:
             raise ContentError(f"{len(wave)} samples decoded, but its index says {planned}")
         clip = self._clip(wave, i, epoch)
         heard = self.prompt.with_speech(chosen.instruction, clip.slots)
-        return (*heard, self.prompt.answer(chosen.ids, chosen.finished)), clip
+        answer = self.prompt.answer(chosen.ids, chosen.finished)
+        return Sample(self.shards.key(i), (*heard, answer), clip)
 
     def _clip(self, wave: np.ndarray, i: int, epoch: int) -> Clip:
         if self.augmenter is None:
@@ -178,17 +179,13 @@ class _BinReader(Dataset):
 
     def _read_bin(self, step: int, number: int, samples: np.ndarray) -> Batch:
         stream = self._stream
-        documents, clips, keys, skipped = [], [], [], []
+        made, skipped = [], []
         for i in samples.tolist():
             try:
-                document, clip = stream.read(i, int(self._target_of[i]), self._epoch)
+                made.append(stream.read(i, int(self._target_of[i]), self._epoch))
             except (ContentError, AudioError) as error:
                 skipped.append(Skip(stream.shards.key(i), str(error)))
-                continue
-            documents.append(document)
-            clips.append(clip)
-            keys.append(stream.shards.key(i))
         where = {"epoch": self._epoch, "step": step, "bin": number}
-        if documents:
-            return collate(documents, clips, keys=keys, skipped=skipped, **where)
+        if made:
+            return collate(made, skipped=skipped, **where)
         return dummy_batch(silent_clip(stream.rule, stream.featurize), skipped=skipped, **where)

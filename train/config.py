@@ -59,6 +59,9 @@ class Adapter(Section):
 class Decoder(Section):
     path: str
     """Hub name or local folder of any causal language model."""
+    table: Literal["whole", "exchange"] = "whole"
+    """The frozen text embeddings in training: whole on every rank (one lookup, but BLOOMZ's takes
+    2 GB), or partitioned, with the ranks exchanging just the rows that a bin needs."""
 
 
 class Model(Section):

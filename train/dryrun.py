@@ -48,11 +48,13 @@ def memory(config: cfg.Config, parts: dict[str, dict[str, int]], ranks: int) -> 
     size = _BYTES[config.train.precision]
     trained = sum(parts["trained"].values())
     encoder, decoder = parts["frozen"]["encoder"], parts["frozen"]["decoder"]
-    embedding = AutoConfig.from_pretrained(config.model.decoder.path)
+    llm = AutoConfig.from_pretrained(config.model.decoder.path)
+    whole = config.model.decoder.table == "whole"
+    table = llm.vocab_size * llm.hidden_size if whole else 0
     return {
         "decoder, partitioned": decoder * size // ranks,
         "encoder": encoder * size // (ranks if config.model.encoder.sharded else 1),
-        "text embedding table": embedding.vocab_size * embedding.hidden_size * size,
+        "text embedding table": table * size,
         "trained weights, partitioned": trained * size // ranks,
         "gradients, float32, partitioned": trained * 4 // ranks,
         "masters and moments, float32, partitioned": trained * 12 // ranks,

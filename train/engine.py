@@ -162,6 +162,12 @@ def gathered(params: list[nn.Parameter]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(params)
 
 
+def partition(param: Any) -> torch.Tensor:
+    """This rank's flat part of a partitioned parameter, padded at the end of the last rank's."""
+    part: torch.Tensor = param.ds_tensor
+    return part
+
+
 class Engine:
     """One model under ZeRO-3 with AdamW on what is trained."""
 

@@ -17,7 +17,7 @@ from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.dryrun import dry_run
-from train.engine import Engine, World, gathered, partitioned, world
+from train.engine import Engine, World, gathered, partition, partitioned, world
 from train.feed import open_feed
 from train.loop import Trainer
 from train.model.build import build
@@ -88,6 +88,8 @@ def run(config: cfg.Config, here: World) -> None:
         device=here.device,
         partitioned=partitioned(config.train),
         gathered=gathered,
+        partition=partition,
+        capacity=config.data.tokens_per_bin,
     )
     if found is not None:
         load_trained(model, found.weights)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.collate import Clip, Skip, collate, dummy_batch
+from data.collate import Clip, Sample, Skip, collate, dummy_batch
 from data.prompts import Speech, Text
 
 
@@ -28,8 +28,7 @@ def documents(draw):
 
 @given(st.lists(documents(), max_size=6))
 def test_against_a_plain_reading(made) -> None:
-    docs, clips = [d for d, _ in made], [c for _, c in made]
-    batch = collate(docs, clips, keys=[str(n) for n in range(len(docs))], bin=3)
+    batch = collate([Sample(str(n), *pair) for n, pair in enumerate(made)], bin=3)
     source, positions, starts, label_rows, label_ids = [], [], [0], [], []
     first_row = 0
     for document, its_clip in made:
@@ -60,6 +59,7 @@ def test_against_a_plain_reading(made) -> None:
     assert dtypes == [torch.int64] * 3
     assert (batch.label_ids.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
     assert batch.features.dtype == torch.float32
+    clips = [its_clip for _, its_clip in made]
     assert batch.samples == tuple(c.samples for c in clips)
     for n, c in enumerate(clips):
         assert (batch.features[n, : c.samples] == c.samples).all()
@@ -69,7 +69,7 @@ def test_against_a_plain_reading(made) -> None:
 def test_all_text_keeps_its_clip_and_log_mel_is_padded_at_the_end() -> None:
     mel = [np.ones((4, 3), np.float32), np.ones((4, 5), np.float32)]
     clips = [Clip(m, m.shape[1] * 160, m.shape[1], 1) for m in mel]
-    batch = collate([(Text((1, 2)),), (Text((3,)),)], clips, keys=["a", "b"])
+    batch = collate([Sample("a", (Text((1, 2)),), clips[0]), Sample("b", (Text((3,)),), clips[1])])
     assert batch.features.shape == (2, 4, 5)
     assert batch.features.sum() == 4 * 8
     assert batch.slots == (1, 1)
@@ -79,20 +79,15 @@ def test_all_text_keeps_its_clip_and_log_mel_is_padded_at_the_end() -> None:
 def test_a_label_needs_something_before_it() -> None:
     for document in ((Text((1,), True),), (Text(()), Speech(0, 0), Text((1,), True))):
         with pytest.raises(ValueError, match=r"k: .*begins with a label"):
-            collate([document], [clip(2, 1)], keys=["k"])
-    batch = collate([(Speech(0, 1), Text((1,), True))], [clip(2, 1)], keys=["k"])
+            collate([Sample("k", document, clip(2, 1))])
+    batch = collate([Sample("k", (Speech(0, 1), Text((1,), True)), clip(2, 1))])
     assert batch.label_rows.tolist() == [0]
 
 
 @pytest.mark.parametrize("speech", [Speech(0, 3), Speech(2, 1), Speech(-1, 1), Speech(0, -1)])
 def test_slots_beyond_the_clip(speech: Speech) -> None:
     with pytest.raises(ValueError, match=r"k: slots .* but its clip has 2"):
-        collate([(speech,)], [clip(2, 2)], keys=["k"])
-
-
-def test_as_many_of_each() -> None:
-    with pytest.raises(ValueError, match="as many"):
-        collate([(Text((1,)),)], [], keys=["k"])
+        collate([Sample("k", (speech,), clip(2, 2))])
 
 
 def test_dummy_runs_everything_and_weighs_nothing() -> None:
@@ -104,7 +99,7 @@ def test_dummy_runs_everything_and_weighs_nothing() -> None:
 
 
 def test_moving_keeps_everything_else() -> None:
-    batch = collate([(Text((1,)), Speech(0, 2))], [clip(8, 2)], keys=["k"], epoch=4)
+    batch = collate([Sample("k", (Text((1,)), Speech(0, 2)), clip(8, 2))], epoch=4)
     moved = batch.to("meta")
     assert moved.source.device.type == "meta"
     assert batch.source.device.type == "cpu"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.collate import Batch, Clip, collate, dummy_batch
+from data.collate import Batch, Clip, Sample, collate, dummy_batch
 from data.prompts import Prompt, Text
 from data.stream import make_clip
 from tests import tiny
@@ -56,11 +56,7 @@ class World:
         return next(n for n in range(1, 10_000) if self.rule.slots(n))
 
     def pack(self, numbers: list[int]) -> Batch:
-        return collate(
-            [self.documents[i] for i in numbers],
-            [self.clips[i] for i in numbers],
-            keys=[str(i) for i in numbers],
-        )
+        return collate([Sample(str(i), self.documents[i], self.clips[i]) for i in numbers])
 
 
 def gradients(model: SpeechLLM, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -156,6 +156,12 @@ def test_whisper_and_bloom_train_too(workspace: Workspace) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_exchanged_text_rows_are_the_whole_table(workspace: Workspace, uninterrupted: str) -> None:
+    config = workspace.config("exchange")
+    launch("train/main.py", config, "--set", "model.decoder.table=exchange", ranks=2)
+    assert workspace.curve("exchange") == workspace.curve(uninterrupted)
+
+
 def test_dry_run_counts_what_a_run_trains(workspace: Workspace, uninterrupted: str) -> None:
     path = workspace.root / "dry.json"
     config = workspace.root / f"{uninterrupted}.yaml"

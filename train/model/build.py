@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +19,13 @@ from train.model import attention
 from train.model.adapter import ConvAdapter, conv_geometry
 from train.model.encoder import SpeechEncoder, front_end
 from train.model.lengths import LengthRule
-from train.model.speech_llm import Gathered, SpeechEmbeddings, SpeechLLM
+from train.model.speech_llm import (
+    ExchangedTable,
+    Gathered,
+    Partition,
+    SpeechEmbeddings,
+    SpeechLLM,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -76,6 +83,8 @@ def build(
     device: torch.device | str = "cpu",
     partitioned: AbstractContextManager[None] | None = None,
     gathered: Gathered = whole,
+    partition: Partition | None = None,
+    capacity: int = 0,
 ) -> SpeechLLM:
     """Pretrained encoder and decoder, and a new adapter that `seed` alone determines.
 
@@ -84,6 +93,9 @@ def build(
             The encoder is loaded before it: Whisper's and Wav2Vec2's initialisers read their
             own weights and crash on partitioned ones.
         gathered: see `Gathered`.
+        partition: see `Partition`; without it (the model is not partitioned) the text table is
+            whole, whatever the configuration says.
+        capacity: LLM positions of the largest batch, for a table that is exchanged.
     """
     dtype = DTYPES[precision]
     encoder = SpeechEncoder(model.encoder.path, dtype, model.trust_remote_code).to(device)
@@ -99,7 +111,11 @@ def build(
             bottleneck=model.adapter.bottleneck,
             impl=model.ops,
         )
-    embeddings = SpeechEmbeddings(decoder, gathered, model.ops)
+    exchanged = None
+    if partition is not None and model.decoder.table == "exchange":
+        embed = cast(nn.Embedding, decoder.get_input_embeddings())
+        exchanged = ExchangedTable(embed, partition, capacity)
+    embeddings = SpeechEmbeddings(decoder, gathered, model.ops, exchanged)
     speech_llm = SpeechLLM(
         encoder, adapter, decoder, embeddings, sharded_encoder=model.encoder.sharded
     )
