@@ -12,12 +12,8 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
@@ -48,32 +44,43 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return made
 
 
+# What a family needs beyond the sizes, small enough that windows are shorter than a document.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "bloom": {},
+    "gpt2": {},
+}
+
+
 def llm(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     """A decoder folder; weights are large enough that every input changes every output."""
     size = len(tokenizer(folder))
     torch.manual_seed(seed)
-    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    if kind == "llama":
-        model: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **ends,
-            )
-        )  # fmt: skip
-    elif kind == "bloom":
-        model = BloomForCausalLM(
-            BloomConfig(
-                vocab_size=size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **ends
-            )
-        )
-    else:  # learned absolute positions: the family that notices a wrong position id
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=size, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
-                n_positions=256, **ends,
-            )
-        )  # fmt: skip
-    model.save_pretrained(folder)
+    if kind == "bloom":
+        shape = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
+    elif kind == "gpt2":  # learned absolute positions: the family that notices a wrong position id
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    else:
+        shape = {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        }  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, vocab_size=size, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=0.2, **shape, **FAMILIES[kind],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class Trainer:
             self._ledger = Ledger(config.run.output / "ledger.jsonl", {"plan": feed.digest})
             self._ledger.rewind(self.epoch, self.epoch_step)
 
-    def run(self) -> None:
+    def run(self, step_done: Callable[[], None] = lambda: None) -> None:
         """Train until the configured number of steps, over as many epochs as that takes."""
         total = self.config.train.steps
         with bar("train", total, self.step, enabled=self.here.rank == 0) as shown:
@@ -121,6 +122,7 @@ class Trainer:
                     counts, norm = train_step(self.engine, self.here, batches, lr)
                     self._enter(batches)
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
+                    step_done()
                     shown.advance(text=self._line(counts, time.perf_counter() - began))
                     began = time.perf_counter()
                     if self.step == total:

@@ -22,6 +22,7 @@ from train.feed import open_feed
 from train.loop import Trainer
 from train.model.build import build
 from train.model.respond import load_trained
+from train.profiling import profiled
 from train.progress import console
 from train.tracking import Tracker, run_tags
 
@@ -74,7 +75,7 @@ def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker 
     return tracker, here.broadcast(tracker.run_id if tracker else None)
 
 
-def run(config: cfg.Config, here: World) -> None:
+def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
     feed = open_feed(config)
     found = resume_point(config, feed.digest)
     if found is not None and found.state.step >= config.train.steps:
@@ -104,8 +105,13 @@ def run(config: cfg.Config, here: World) -> None:
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
             f"{config.train.precision}, ZeRO-3, {feed.describe()}, {where}"
         )
+    trainer = Trainer(config, here, engine, feed, found, tracker, run_id)
     try:
-        Trainer(config, here, engine, feed, found, tracker, run_id).run()
+        if profile_steps and here.rank == 0:
+            with profiled(config.run.output / "profile", profile_steps) as step_done:
+                trainer.run(step_done)
+        else:
+            trainer.run()
     except BaseException:
         if tracker is not None:
             tracker.close("FAILED")
@@ -121,13 +127,20 @@ def main(argv: list[str] | None = None) -> None:
         "--dry-run", action="store_true", help="print config, parameter groups and memory; stop"
     )
     parser.add_argument("--json", type=Path, help="with --dry-run: write the same as JSON")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="trace this many steps of rank 0 into OUTPUT/profile",
+    )
     args = parser.parse_args(argv)
     config = cfg.load(args.config, args.set)
     if args.dry_run:
         dry_run(config, args.json)
         return
     with world() as here:
-        run(config, here)
+        run(config, here, args.profile)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +162,44 @@ def test_exchanged_text_rows_are_the_whole_table(workspace: Workspace, uninterru
     config = workspace.config("exchange")
     launch("train/main.py", config, "--set", "model.decoder.table=exchange", ranks=2)
     assert workspace.curve("exchange") == workspace.curve(uninterrupted)
+
+
+def profile_of(workspace: Workspace, ops: str) -> list[dict[str, Any]]:
+    """Ops of two ZeRO-3 steps, as the profiler saw them."""
+    config = workspace.config(f"profiled-{ops}")
+    launch(
+        "train/main.py", config, "--profile", "2", "--set", f"model.ops={ops}",
+        "--set", "train.steps=4", ranks=2,
+    )  # fmt: skip
+    folder = workspace.root / f"profiled-{ops}" / "profile"
+    assert "Self CPU" in (folder / "ops.txt").read_text()
+    with gzip.open(folder / "trace.json.gz") as trace:
+        return [e for e in json.load(trace)["traceEvents"] if e.get("cat") == "cpu_op"]
+
+
+def test_a_step_runs_the_fused_ops_and_none_of_the_padded_path(
+    workspace: Workspace, uninterrupted: str
+) -> None:
+    weights = workspace.checkpoint(uninterrupted).weights
+    kernels = [w.shape for name, w in weights.items() if "convs" in name and w.dim() == 3]
+
+    def padded(events: list[dict[str, Any]]) -> list[str]:
+        """Dense convolutions with the adapter's kernels, and rows placed by masks."""
+        dense = [[out, channels, taps] for out, taps, channels in kernels]
+        return [
+            e["name"]
+            for e in events
+            if e["name"] in ("aten::masked_scatter", "aten::where")
+            or ("convolution" in e["name"] and e["args"].get("Input Dims", [0, 0])[1] in dense)
+        ]
+
+    fused, reference = profile_of(workspace, "fused"), profile_of(workspace, "reference")
+    names = {e["name"] for e in fused}
+    for op in ("ragged_conv1d", "pack_embeddings"):
+        assert {f"hearken::{op}", f"hearken::{op}_backward"} <= names
+    assert padded(fused) == []
+    assert padded(reference)  # the test can see what it forbids
+    assert not any(e["name"].startswith("hearken::") for e in reference)
 
 
 def test_dry_run_counts_what_a_run_trains(workspace: Workspace, uninterrupted: str) -> None:

@@ -35,6 +35,8 @@ def per_document(
     *,
     scale: float | None = None,
     slopes: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention inside each document.
 
@@ -43,6 +45,8 @@ def per_document(
         slopes: [heads] ALiBi slopes, or None. The bias is built in float32 (in bf16 the
             distances of far keys collapse) and cast to q's dtype after subtracting the query's
             own position, which softmax does not see but rounding does.
+        window: positions that a query sees, its own among them; None for all before it.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
     Returns:
         [1, heads, T, d]
     """
@@ -55,16 +59,23 @@ def per_document(
             pad_sequence([part[i] for i in group], batch_first=True).transpose(1, 2)
             for part in documents
         )
-        mask = None if slopes is None else _alibi(slopes, max(lengths), q.dtype)
-        out_DhLd = scaled_dot_product_attention(
-            q_DhLd,
-            k_DhLd,
-            v_DhLd,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        longest = max(lengths)
+        windowed = window is not None and window < longest
+        # Causality alone is left to the kernel, which then skips what no query sees.
+        mask = _bias(longest, slopes, window, q) if slopes is not None or windowed else None
+        if softcap:
+            mask = _bias(longest, slopes, window, q)
+            out_DhLd = _capped(q_DhLd, k_DhLd, v_DhLd, mask, scale or q.shape[-1] ** -0.5, softcap)
+        else:
+            out_DhLd = scaled_dot_product_attention(
+                q_DhLd,
+                k_DhLd,
+                v_DhLd,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         for i, length, out in zip(group, lengths, out_DhLd.transpose(1, 2), strict=True):
             outs[i] = out[:length]
     return torch.cat([out for out in outs if out is not None]).transpose(0, 1)[None]
@@ -85,12 +96,34 @@ def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
     return groups
 
 
-def _alibi(slopes: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Causal ALiBi bias [heads, length, length]."""
-    at = torch.arange(length, device=slopes.device)
+def _bias(
+    length: int, slopes: torch.Tensor | None, window: int | None, like: torch.Tensor
+) -> torch.Tensor:
+    """What is added to the scores, [heads or 1, length, length]: ALiBi, causality, the window."""
+    at = torch.arange(length, device=like.device)
     distance = at[None, :] - at[:, None]
-    bias = slopes.float()[:, None, None] * distance
-    return bias.masked_fill(distance > 0, float("-inf")).to(dtype)
+    unseen = distance > 0
+    if window is not None:
+        unseen |= distance <= -window
+    bias = torch.zeros(1, length, length, device=like.device)
+    if slopes is not None:
+        bias = slopes.float()[:, None, None] * distance
+    return bias.masked_fill(unseen, float("-inf")).to(like.dtype)
+
+
+def _capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with capped scores, which no fused kernel of torch has."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) + bias
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def _packed_attention(
@@ -101,13 +134,25 @@ def _packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     packing: Packing | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     if packing is None:
         raise ValueError(f"{type(module).__name__} did not hand the packing to its attention")
-    out = per_document(query, key, value, packing, scale=scaling)
+    if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which packed "
+            "attention does not have; this decoder is not supported yet"
+        )
+    out = per_document(
+        query, key, value, packing, scale=scaling, window=sliding_window, softcap=softcap
+    )
     return out.transpose(1, 2).contiguous(), None
 
+
+# What some families hand to their attention to change its result.
+_UNKNOWN = ("s_aux", "position_bias", "output_attentions")
 
 AttentionInterface.register(NAME, _packed_attention)
 
