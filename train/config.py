@@ -12,10 +12,18 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from data.augment import Augment
 
@@ -40,20 +48,91 @@ class Run(Section):
     trained, as `data.walk --ledger --state` prints them. An audit; costs a gather per step."""
 
 
+class LoRA(Section):
+    """Low-rank updates of a pretrained part (2106.09685), by peft; trained, and checkpointed."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    """The updates are scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Last names of the linear layers to update; none for the usual ones of the model's family."""
+
+
 class Encoder(Section):
     path: str
-    """Hub name or local folder of a speech encoder (Wav2Vec2/MMS or Whisper kind)."""
+    """Hub name or local folder of a speech encoder: Whisper, Wav2Vec2/MMS, HuBERT, WavLM or
+    Wav2Vec2-BERT."""
     sharded: bool = False
     """False keeps the frozen encoder whole on every rank: it is small beside the LLM, and
     gathering it for each micro-batch would cost more than it saves."""
+    layers: Literal["last", "weighted"] = "last"
+    """What the adapter hears: the last layer, or a trained weighted sum of all of them."""
+    languages: dict[str, str] = {}
+    """MMS: the corpus's language code -> the language of the adapter weights beside the encoder
+    (`adapter.LANGUAGE.safetensors`), each clip by its own. None leaves the encoder's own."""
+    lora: LoRA | None = None
 
 
-class Adapter(Section):
+class ConvAdapter(Section):
+    """BLSP's: strided convolutions with GLU, then a residual bottleneck."""
+
     kind: Literal["conv"] = "conv"
     kernel: int = Field(5, ge=1)
-    strides: tuple[int, ...] = (2, 2, 2)
+    strides: tuple[Annotated[int, Field(ge=1)], ...] = (2, 2, 2)
     bottleneck: int = Field(512, ge=1)
     """Width of the residual bottleneck after the convolutions (BLSP: 512)."""
+
+
+class StackMLPAdapter(Section):
+    """AZeroS's and Ultravox's kind: frames joined side by side, then two linear layers."""
+
+    kind: Literal["stack_mlp"]
+    frames: int = Field(8, ge=1)
+    """Frames that become one slot."""
+    hidden: int | None = Field(None, ge=1)
+    """Width between the two layers; None for the LLM's."""
+
+
+class EBranchformerAdapter(Section):
+    """BLOOMZMMS's: an E-Branchformer between a convolution x4 and one x2."""
+
+    kind: Literal["ebranchformer"]
+    inputs: int = Field(128, ge=8)
+    """Width that the frames are projected to before the first convolutions."""
+    width: int = Field(1024, ge=1)
+    heads: int = Field(8, ge=1)
+    blocks: int = Field(17, ge=1)
+    feed_forward: int = Field(2048, ge=1)
+    cgmlp: int = Field(8192, ge=2)
+    """Width of the gated branch; half of it gates the other half."""
+    kernel: int = Field(31, ge=1)
+    """Of the depthwise convolutions, in the gate and in the merge of the branches; odd."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layerdrop: float = Field(0.0, ge=0, lt=1)
+    """Share of blocks that are passed over in training (they run all the same)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> EBranchformerAdapter:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of 2 x {self.heads} heads")
+        if not self.kernel % 2 or self.cgmlp % 2:
+            raise ValueError("kernel must be odd and cgmlp even")
+        return self
+
+
+def _kind(section: Any) -> str:
+    """The choice of a union of sections; a section without a `kind` is a conv adapter."""
+    if isinstance(section, dict):
+        return str(section.get("kind", "conv"))
+    return str(getattr(section, "kind", section))
+
+
+Adapter = Annotated[
+    Annotated[ConvAdapter, Tag("conv")]
+    | Annotated[StackMLPAdapter, Tag("stack_mlp")]
+    | Annotated[EBranchformerAdapter, Tag("ebranchformer")],
+    Discriminator(_kind),
+]
 
 
 class Decoder(Section):
@@ -62,11 +141,20 @@ class Decoder(Section):
     table: Literal["whole", "exchange"] = "whole"
     """The frozen text embeddings in training: whole on every rank (one lookup, but BLOOMZ's takes
     2 GB), or partitioned, with the ranks exchanging just the rows that a bin needs."""
+    train: Literal["none", "full"] = "none"
+    """`full` trains every weight of the LLM beside the adapter (BLSP's preparation stage)."""
+    lora: LoRA | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Decoder:
+        if self.lora and self.train == "full":
+            raise ValueError("lora and train: full exclude each other; remove one")
+        return self
 
 
 class Model(Section):
     encoder: Encoder
-    adapter: Adapter = Adapter()
+    adapter: Adapter = ConvAdapter()
     decoder: Decoder
     ops: Literal["auto", "fused", "reference"] = "auto"
     trust_remote_code: bool = False
@@ -121,6 +209,9 @@ class Train(Section):
     checkpoint_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+    hang_seconds: float = Field(300.0, gt=0)
+    """A rank that has not finished a step, or its wait for data, in this time ends the job,
+    saying where each rank is. Below the collectives' own timeout of 10 minutes."""
 
 
 class Evaluate(Section):
@@ -139,6 +230,62 @@ class Evaluate(Section):
     """Clips that are logged to MLflow to listen to."""
 
 
+class ResponseKL(Section):
+    """BLSP-KD: the LLM that hears against the same LLM that reads, over each label's position."""
+
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(2.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    """Only the teacher's likeliest tokens, renormalised; None for all."""
+
+
+class EmbeddingCTC(Section):
+    """BLOOMZMMS's first stage: slots spell the transcript in the LLM's own embeddings."""
+
+    weight: float = Field(1.0, gt=0)
+    scale: float = Field(1.0, gt=0)
+    """Of the logits: embeddings of a small norm make flat distributions."""
+
+
+class Alignment(Section):
+    """The slots of a word against the mean of its tokens' embeddings (needs word shards)."""
+
+    weight: float = Field(1.0, gt=0)
+    distance: Literal["cosine", "l2"] = "cosine"
+
+
+class Losses(Section):
+    """What stage 2 descends: a sum of losses, each a mean over all that it counts in a step.
+
+    One that is off costs nothing; with neither `ce` nor `kl` the decoder does not run.
+    """
+
+    ce: float = Field(1.0, ge=0)
+    """Weight of the cross entropy of the targets, per label; 0 is off."""
+    kl: ResponseKL | None = None
+    """Per label."""
+    ctc: EmbeddingCTC | None = None
+    """Per token of the transcripts."""
+    align: Alignment | None = None
+    """Per word."""
+    kernel: Literal["auto", "chunked", "liger", "plain"] = "auto"
+    """How `ce`, `kl` and `ctc` meet the vocabulary: in chunks, by Liger-Kernel (`ce` alone, CUDA),
+    or with all logits at once. `auto` is chunked wherever the head is a plain linear layer."""
+
+    @model_validator(mode="after")
+    def _one_is_on(self) -> Losses:
+        if not self.weights:
+            raise ValueError("every loss is off; give one a weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss that is on; the order in which they are computed."""
+        parts = {"kl": self.kl, "ctc": self.ctc, "align": self.align}
+        ce = {"ce": self.ce} if self.ce else {}
+        return ce | {name: part.weight for name, part in parts.items() if part is not None}
+
+
 class Config(Section):
     run: Run
     model: Model
@@ -146,6 +293,7 @@ class Config(Section):
     """Template with `{instruction}` and `{input}`; the answer follows it."""
     data: Data
     behave: Behave | None = None
+    losses: Losses = Losses()
     train: Train
     evaluate: Evaluate | None = None
 
@@ -197,6 +345,13 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
             f"{origin}: prompt must hold {{instruction}} and {{input}} once each, "
             f"found {config.prompt!r}"
         )
+    # The plan bounds the rows of what is heard, not of what these look up beside it.
+    more = config.losses.kl or config.losses.ctc or config.losses.align
+    if more and config.model.decoder.table == "exchange":
+        raise ConfigError(
+            f"{origin}: losses.kl, .ctc and .align need the text embeddings whole; set "
+            "model.decoder.table: whole"
+        )
     return config
 
 
@@ -227,12 +382,26 @@ def _explain(fault: Any, origin: str) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     section: Any = Config
     for part in location:
-        if not isinstance(part, str) or part not in _types(section):
-            continue  # an item of a list, or the name of one choice of a union
-        annotation = _types(section)[part]
-        options = getattr(annotation, "__args__", (annotation,))
-        section = next(o for o in options if isinstance(o, type) and _types(o))
+        if part in (choices := _choices(section)):
+            section = choices[part]
+        elif isinstance(part, str) and part in _types(section):
+            section = _types(section)[part]
+        # else an item of a list, or the name of a choice that `_choices` took already
+        options = [o for o in (section, *_options(section)) if _types(o)]
+        if len(options) == 1:
+            section = options[0]
     return list(_types(section))
+
+
+def _options(annotation: Any) -> list[Any]:
+    """What a union, or a list of them, may hold; without the tags."""
+    return [leaf for arg in get_args(annotation) for leaf in (arg, *_options(arg))]
+
+
+def _choices(annotation: Any) -> dict[str, Any]:
+    """Name -> section of a union told apart by `kind`."""
+    sections = [o for o in _options(annotation) if _types(o).get("kind")]
+    return {kind: o for o in sections for kind in get_args(_types(o)["kind"])}
 
 
 def _types(section: Any) -> dict[str, Any]:
