@@ -38,6 +38,9 @@ CONV_SIZES = {  # channels in and out of the adapter's first convolution
     "whisper-small-llama2": (768, 1536),
     "mms-1b-bloomz-7b1": (1280, 4096),
 }
+# Large sizes take minutes a round on a CPU; their medians are of fewer rounds.
+_CASE_SECONDS, _FEWEST = 100.0, 3
+
 PACK_SIZES = {"micro": (512, 256), "llama2": (32000, 4096)}  # vocabulary, hidden
 
 # A forward returns what it made, and the tensors whose gradient is wanted.
@@ -229,7 +232,10 @@ def measure(
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"forward": [], "backward": [], "forward_backward": []} for name in runs
     }
+    began = time.perf_counter()
     for round_ in range(rounds + 1):  # the first warms up
+        if round_ > _FEWEST and time.perf_counter() - began > _CASE_SECONDS:
+            break
         for name, run in runs.items():
             forward, backward = _time(run, device)
             if round_:

@@ -23,6 +23,7 @@ from data.retry import ReadError
 from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
+from train.stopping import Stopped
 
 MENDABLE = (
     ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TemplateError,
@@ -60,6 +61,9 @@ def guarded(main: Callable[[], None]) -> int:
             print(f"{where}: {line}", file=sys.stderr, flush=True)
         return 2
     except ReadError as e:
+        print(f"stopped: {e}; run the same command again to continue", file=sys.stderr, flush=True)
+        return RESUMABLE
+    except Stopped as e:
         print(f"stopped: {e}; run the same command again to continue", file=sys.stderr, flush=True)
         return RESUMABLE
     except KeyboardInterrupt:

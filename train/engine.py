@@ -28,6 +28,7 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from train import config as cfg
+from train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from data.collate import Batch
@@ -54,7 +55,7 @@ class World:
     """This process's place among the ranks, and the few collectives the loop needs."""
 
     def __init__(self) -> None:
-        _default_environment()
+        environment()
         if not torch.cuda.is_available():
             # Shared-memory collectives would be compiled at start-up (40 s), for nothing here.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,6 +76,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def reduce(self, tensor: torch.Tensor) -> None:
+        """Make `tensor` its sum over all ranks, in place. A collective."""
+        dist.all_reduce(tensor)
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (any picklable object of our own making), on every rank."""
         box = [value]
@@ -89,6 +94,17 @@ class World:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    @contextmanager
+    def watched(self, limit: float) -> Iterator[Watchdog]:
+        """A watchdog over this rank, inside the context; see `train.watchdog`."""
+        watchdog = Watchdog(
+            dist.distributed_c10d._get_default_store(), self.rank, self.size, limit
+        )
+        try:
+            yield watchdog
+        finally:
+            watchdog.close()
 
     def close(self) -> None:
         """Leave the process group; without it a gloo rank ends in SIGABRT."""
@@ -267,9 +283,20 @@ class Engine:
         return padded[self.here.rank * size :][:size].to(self.here.device)
 
 
-def _default_environment() -> None:
-    """One rank on this machine, where no launcher has said otherwise."""
+def environment() -> None:
+    """Put the ranks into the environment where no launcher has: srun's tasks, or just this one."""
     if "RANK" in os.environ:
+        return
+    if "SLURM_STEP_ID" in os.environ and "MASTER_ADDR" in os.environ:
+        here = os.environ
+        here.update(
+            RANK=here["SLURM_PROCID"],
+            WORLD_SIZE=here["SLURM_NTASKS"],
+            LOCAL_RANK=here["SLURM_LOCALID"],
+            # "2(x2),1": tasks on the nodes; they are equally many wherever DeepSpeed runs
+            LOCAL_WORLD_SIZE=here["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        )
+        here.setdefault("MASTER_PORT", "29500")
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -17,6 +17,7 @@ from train.engine import Engine, World
 from train.feed import Feed
 from train.progress import bar, console
 from train.schedule import lr_at
+from train.stopping import Stopped, StopRequest, stop_requests
 from train.tracking import Tracker, revision
 
 if TYPE_CHECKING:
@@ -111,12 +112,21 @@ class Trainer:
             self._ledger.rewind(self.epoch, self.epoch_step)
 
     def run(self, step_done: Callable[[], None] = lambda: None) -> None:
-        """Train until the configured number of steps, over as many epochs as that takes."""
+        """Train until the configured number of steps, over as many epochs as that takes.
+
+        Raises:
+            Stopped: a signal asked for it; the checkpoint is written.
+        """
         total = self.config.train.steps
-        with bar("train", total, self.step, enabled=self.here.rank == 0) as shown:
+        with (
+            bar("train", total, self.step, enabled=self.here.rank == 0) as shown,
+            stop_requests() as stop,
+            self.here.watched(self.config.train.hang_seconds) as watchdog,
+        ):
             while self.step < total:
                 began = time.perf_counter()
                 for batches in self.feed.steps(self.here, self.epoch, self.epoch_step):
+                    watchdog.at(f"step {self.step}")
                     waited = time.perf_counter() - began
                     lr = lr_at(self.step, self.config.train)
                     counts, norm = train_step(self.engine, self.here, batches, lr)
@@ -124,6 +134,8 @@ class Trainer:
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
                     step_done()
                     shown.advance(text=self._line(counts, time.perf_counter() - began))
+                    self._stop_if(stop)
+                    watchdog.at(f"waiting for the data of step {self.step}")
                     began = time.perf_counter()
                     if self.step == total:
                         break
@@ -132,6 +144,15 @@ class Trainer:
                     self._leave_out(self.epoch)
         if self.step % self.config.train.checkpoint_every:
             self.save()
+
+    def _stop_if(self, request: StopRequest) -> None:
+        """Stop where any rank was asked to. A collective."""
+        if not self.here.sum(request.by is not None)[0]:
+            return
+        if self.step % self.config.train.checkpoint_every:
+            self.save()
+        by = [name for name in self.here.gather(request.by) if name]
+        raise Stopped(f"{by[0]} after {self.step} of {self.config.train.steps} steps")
 
     def _after(self, counts: Counts, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Book one finished step: position, skips, metrics, checkpoint."""

@@ -24,6 +24,7 @@ from train.model.build import build
 from train.model.respond import load_trained
 from train.profiling import profiled
 from train.progress import console
+from train.stopping import Stopped
 from train.tracking import Tracker, run_tags
 
 
@@ -112,9 +113,9 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
                 trainer.run(step_done)
         else:
             trainer.run()
-    except BaseException:
+    except BaseException as end:
         if tracker is not None:
-            tracker.close("FAILED")
+            tracker.close("KILLED" if isinstance(end, Stopped) else "FAILED")
         raise
     if tracker is not None:
         tracker.close()

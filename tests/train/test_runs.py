@@ -84,6 +84,21 @@ def test_killed_before_any_checkpoint_starts_again_in_the_same_tracker_run(
     assert workspace.curve("early") == workspace.curve(uninterrupted)
 
 
+def test_sigterm_leaves_a_checkpoint_of_the_last_step(workspace: Workspace) -> None:
+    config = workspace.config("term", train__checkpoint_every=5, train__schedule="constant")
+    log = workspace.root / "term.log"
+    process = start("train/main.py", config, "--set", "train.steps=4000", ranks=2, log=log)
+    while not list((workspace.root / "term" / "checkpoints").glob("step-*")):
+        assert process.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, log.read_text()[-4000:]
+    reached = workspace.checkpoint("term").state.step
+    assert f"stopped: SIGTERM after {reached} of 4000 steps" in log.read_text()
+    launch("train/main.py", config, "--set", f"train.steps={reached + 2}", ranks=1)
+    assert [step for step, _ in workspace.curve("term")] == list(range(reached + 2))
+
+
 @pytest.fixture(scope="module")
 def one_rank(workspace: Workspace) -> str:
     launch("train/main.py", workspace.config("one"), ranks=1)

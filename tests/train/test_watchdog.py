@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+from torch.distributed import HashStore
+
+from train.watchdog import EXIT, Watchdog
+
+
+def test_the_rank_that_hangs_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    store, ended = HashStore(), threading.Event()
+    codes: list[int] = []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    waiting = Watchdog(store, 0, 3, 0.3, end)
+    hanging = Watchdog(store, 1, 3, 60, end)
+    hanging.at("waiting for the data of step 7")
+    waiting.at("step 7")
+    assert ended.wait(10)
+    waiting.close()
+    hanging.close()
+    assert codes == [EXIT]
+    said = capfd.readouterr().err
+    assert "watchdog on rank 0: at 'step 7'" in said
+    assert "rank 1 on" in said
+    assert "waiting for the data of step 7" in said
+    assert "rank 2: has said nothing yet" in said
+    assert "test_the_rank_that_hangs_is_named" in said  # the stacks
+
+
+def test_a_rank_that_moves_is_left_alone() -> None:
+    codes: list[int] = []
+    watchdog = Watchdog(HashStore(), 0, 1, 0.5, codes.append)
+    for step in range(10):
+        watchdog.at(f"step {step}")
+        threading.Event().wait(0.1)
+    watchdog.close()
+    assert codes == []
