@@ -7,6 +7,8 @@ TARGETS = 2**31
 SPEEDS = 2**31 + 1
 NOISE = 2**31 + 2
 MASKS = 2**31 + 3
+INTERLEAVED = 2**31 + 4
+SPANS = 2**31 + 5
 
 
 def draws(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:

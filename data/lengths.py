@@ -7,26 +7,35 @@ import pyarrow.compute as pc
 
 from data.augment import Augmenter
 from data.draws import TARGETS, draws
+from data.interleave import Interleave, Interleaver
 from data.prompts import Prompt
 from data.shards import Overlay, ShardSet
+from data.word_table import WordTable
 
 Ints = TypeVar("Ints", int, np.ndarray)
 
 
 class LengthRule(Protocol):
-    """The model's arithmetic "samples -> encoder frames -> adapter slots", on ints or int64 [N]."""
+    """The model's arithmetic "samples -> encoder frames -> adapter slots", on ints or int64 [N].
+
+    `slots_before` counts the slots that stand for what is heard before a sample; a clip that
+    ends has at most its `slots` of them.
+    """
 
     def frames(self, num_samples: Ints) -> Ints: ...
 
     def slots(self, num_samples: Ints) -> Ints: ...
 
+    def slots_before(self, sample: Ints) -> Ints: ...
+
 
 class LengthTable:
-    """LLM positions per sample: prompt, slots and target, without opening a tar.
+    """LLM positions per sample: prompt, slots or text, and target, without opening a tar.
 
     A sample with several targets takes one of them per epoch: the first is drawn from the seed,
     and each epoch takes the next, so that all have their turn; empty answers have none. Its
-    length at 16 kHz follows the speed that the epoch plays it at.
+    length at 16 kHz follows the speed that the epoch plays it at. `words` knows where the words
+    are, and `interleaver` which of them the epoch has as text, where these were asked for.
     """
 
     def __init__(
@@ -38,7 +47,10 @@ class LengthTable:
         *,
         seed: int,
         augmenter: Augmenter | None = None,
+        words: Overlay | None = None,
+        interleave: Interleave | None = None,
     ):
+        """Raises `ValueError` where `interleave` has no `words` to go by."""
         per_target = targets.column("instruction").combine_chunks()
         written = pc.list_value_length(per_target).to_numpy().astype(np.int64)
         answer_tokens = _flat_ints(targets)
@@ -55,6 +67,10 @@ class LengthTable:
         self._written_samples = shards.num_samples
         self._rule = rule
         self._augmenter = augmenter
+        self.words = WordTable(shards, words, prompt, rule, self.num_samples) if words else None
+        if interleave and self.words is None:
+            raise ValueError("interleaving needs word times; make them by data.align")
+        self.interleaver = Interleaver(interleave, self.words, seed) if interleave else None  # type: ignore[arg-type]
 
     def refused(self) -> dict[int, str]:
         """Samples that no epoch can use, with the reason."""
@@ -64,7 +80,9 @@ class LengthTable:
             at_speed = f" at speed {max(self._augmenter.augment.speeds):g}"
         short = np.flatnonzero(self._rule.slots(fastest) < 1)
         empty = np.flatnonzero(self._counts == 0)
-        return dict.fromkeys(empty.tolist(), "stage 1's answer is empty") | dict.fromkeys(
+        return dict.fromkeys(
+            empty.tolist(), "stage 1 left nothing to train: empty or filtered"
+        ) | dict.fromkeys(
             short.tolist(), f"too short: the length rule gives it 0 adapter slots{at_speed}"
         )
 
@@ -80,8 +98,10 @@ class LengthTable:
 
     def tokens(self, epoch: int) -> np.ndarray:
         """[N] int64: LLM positions of each sample in this epoch; refused ones cost their slots."""
-        slots = np.asarray(self._rule.slots(self.num_samples(epoch)), dtype=np.int64)
-        return slots + np.append(self._target_tokens, 0)[self._turn(epoch)]
+        heard = np.asarray(self._rule.slots(self.num_samples(epoch)), dtype=np.int64)
+        if self.interleaver:
+            heard = self.interleaver.positions(epoch, heard)
+        return heard + np.append(self._target_tokens, 0)[self._turn(epoch)]
 
     def _turn(self, epoch: int) -> np.ndarray:
         """[N] int64: which of the answered targets, or one past them for a sample without any."""

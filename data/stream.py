@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from data.archive import ContentError
 from data.audio import SAMPLE_RATE, AudioError, decode
 from data.augment import Augment, Augmenter
-from data.collate import Batch, Clip, Sample, Skip, collate, dummy_batch
+from data.collate import Batch, Clip, Sample, Skip, Word, collate, dummy_batch
+from data.interleave import Interleave
 from data.lengths import LengthRule, LengthTable
 from data.plan import Plan, bins_of
-from data.prompts import Prompt
+from data.prompts import Document, Prompt, Text
 from data.retry import retried
 from data.shards import Overlay, ShardSet
 from data.targets import parse_targets
@@ -47,6 +48,8 @@ class Stream:
     augmenter: Augmenter | None = None
     workers: int = 0
     prefetch: int = 4  # batches that each worker keeps ready
+    reads: bool = False  # samples have what a teacher reads
+    spells: bool = False  # samples have their transcript's tokens
     wait_seconds: float = field(default=0.0, init=False)  # spent waiting for data so far
 
     @classmethod
@@ -65,15 +68,21 @@ class Stream:
         window_shards: int = 16,
         workers: int = 0,
         augment: Augment | None = None,
+        words: Overlay | None = None,
+        interleave: Interleave | None = None,
     ) -> "Stream":
         """Derive the length table and the plan from the data, and stream by them.
 
-        Raises `AugmentError` where `augment` cannot be done to this data.
+        With `words` (word times) samples know where their words are, and `interleave` can put
+        some of them as text. Raises `AugmentError` where `augment` cannot be done to this data.
         """
         augmenter = Augmenter(augment, len(shards), seed) if augment else None
         if augmenter:  # that masks fit the features is known now, not in the first step
             augmenter.features(silent_clip(rule, featurize).features, 0, 0)
-        lengths = LengthTable(shards, targets, prompt, rule, seed=seed, augmenter=augmenter)
+        lengths = LengthTable(
+            shards, targets, prompt, rule, seed=seed, augmenter=augmenter, words=words,
+            interleave=interleave,
+        )  # fmt: skip
         plan = Plan(
             shards.shard_of,
             lengths.tokens,
@@ -130,15 +139,39 @@ class Stream:
         if len(wave) != planned:
             raise ContentError(f"{len(wave)} samples decoded, but its index says {planned}")
         clip = self._clip(wave, i, epoch)
-        heard = self.prompt.with_speech(chosen.instruction, clip.slots)
+        parts, words = self._words(i, epoch, clip)
+        if parts:
+            heard = self.prompt.with_parts(chosen.instruction, parts)
+        else:
+            heard = self.prompt.with_speech(chosen.instruction, clip.slots)
         answer = self.prompt.answer(chosen.ids, chosen.finished)
-        return Sample(self.shards.key(i), (*heard, answer), clip)
+        text = (self.shards.texts[i].as_py() or "") if self.reads or self.spells else ""
+        read = Text(tuple(self.prompt.with_text(chosen.instruction, text)))
+        return Sample(
+            self.shards.key(i),
+            (*heard, answer),
+            clip,
+            read=(read, answer) if self.reads else None,
+            transcript=tuple(self.prompt.encode(text)) if self.spells else (),
+            words=words,
+        )
+
+    def _words(self, i: int, epoch: int, clip: Clip) -> tuple[Document, tuple[Word, ...]]:
+        """Sample i's input where it is interleaved, and its words where they are known."""
+        table, interleaver = self.lengths.words, self.lengths.interleaver
+        if table is None:
+            return (), ()
+        tokens = table.tokens(i)
+        parts = interleaver.parts(i, epoch, tokens.ids) if interleaver else ()
+        return parts, table.words(i, clip.samples, tokens)
 
     def _clip(self, wave: np.ndarray, i: int, epoch: int) -> Clip:
+        language = self.shards.languages[i].as_py()
         if self.augmenter is None:
-            return make_clip(wave, self.rule, self.featurize)
+            return replace(make_clip(wave, self.rule, self.featurize), language=language)
         clip = make_clip(self.augmenter.wave(wave, i, epoch), self.rule, self.featurize)
-        return replace(clip, features=self.augmenter.features(clip.features, i, epoch))
+        features = self.augmenter.features(clip.features, i, epoch)
+        return replace(clip, features=features, language=language)
 
     def _retried(self, read: Callable[[], T], shard: str, i: int) -> T:
         return retried(read, lambda: f"{shard}: sample {self.shards.key(i)!r}")

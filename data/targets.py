@@ -2,12 +2,13 @@
 
 `KEY.targets.json` is `{"targets": [target, ...]}`, one or more of
 
-    {"instruction": str, "template": str, "ids": [int, ...], "text": str, "finished": bool}
+    {"instruction": str, "template": str, "ids": [int, ...], "text": str, "finished": bool,
+     "filtered": str}
 
 `ids` are the answer's tokens without EOS; `finished` says that the LLM ended it with EOS, rather
-than being cut at the token limit. The index repeats `num_tokens` (EOS included; 0 for an answer
-without ids, which is nothing to learn from) and `instruction` per target, so that planning opens
-no tar.
+than being cut at the token limit; `filtered`, where it is there, why the answer is not to be
+trained. The index repeats `num_tokens` (EOS included; 0 for an answer that is filtered or has no
+ids, which is nothing to learn from) and `instruction` per target, so that planning opens no tar.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from data.archive import ContentError
+from data.words import WORD_FIELDS, word_columns
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Target:
     ids: tuple[int, ...]
     text: str
     finished: bool
+    filtered: str = ""
 
 
 def parse_targets(record: Mapping[str, Any]) -> list[Target]:
@@ -46,15 +49,18 @@ def _parse(raw: Any, number: int) -> Target:
             raise ContentError(
                 f"target {number}: {field!r} must be {kind.__name__}, but is {value!r:.40}"
             )
+    if not isinstance(raw.get("filtered", ""), str):
+        raise ContentError(f"target {number}: 'filtered' must be str, if it is there")
     if not all(type(token) is int and token >= 0 for token in raw["ids"]):
         raise ContentError(f"target {number}: 'ids' must be token ids >= 0")
-    return Target(**{field: raw[field] for field in kinds} | {"ids": tuple(raw["ids"])})
+    own = {field: raw[field] for field in kinds} | {"ids": tuple(raw["ids"])}
+    return Target(**own, filtered=raw.get("filtered", ""))
 
 
 def _index_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     targets = parse_targets(record)
     return {
-        "num_tokens": [len(t.ids) + t.finished if t.ids else 0 for t in targets],
+        "num_tokens": [len(t.ids) + t.finished if t.ids and not t.filtered else 0 for t in targets],
         "instruction": [target.instruction for target in targets],
     }
 
@@ -66,4 +72,5 @@ INDEXED: dict[str, tuple[dict[str, pa.DataType], Columns]] = {
         {"num_tokens": pa.list_(pa.int32()), "instruction": pa.list_(pa.string())},
         _index_columns,
     ),
+    "words.json": (WORD_FIELDS, word_columns),
 }

@@ -38,6 +38,9 @@ class Rule:
     def slots(self, num_samples):
         return num_samples // 320 // 8
 
+    def slots_before(self, sample):
+        return (sample + 1280) // 2560  # the middle of slot 0 is at 1280
+
 
 def waveform(wave: np.ndarray) -> np.ndarray:
     return wave

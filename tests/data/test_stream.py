@@ -166,7 +166,7 @@ def test_empty_answers_are_refused_or_passed_over(tmp_path) -> None:
     write_overlay(tmp_path / "t.tar", ((k, {"targets": r}) for k, r in items), base=base)
     stream = build(base, Overlay.open(tmp_path / "t.tar", base))
     assert [(s.key, s.reason) for s in stream.skipped(0)] == [
-        (base.key(0), "stage 1's answer is empty")
+        (base.key(0), "stage 1 left nothing to train: empty or filtered")
     ]
     assert {int(stream.lengths.target_of(epoch)[1]) for epoch in range(4)} == {1, 3}
     for epoch in range(2):

@@ -43,3 +43,16 @@ class LengthRule:
         for conv in self.adapter:
             length = conv.out(length)
         return length
+
+    def slots_before(self, sample: Lengths) -> Lengths:
+        """How many slots are centred before a sample; a clip's end may leave it fewer.
+
+        A slot stands for the middle of the samples that it sees, so that what is said before
+        `sample` is in these slots and what follows in the others.
+        """
+        hop, middle = 1, 0  # of slot 0, in half samples
+        for conv in (*self.front_end, *self.adapter):
+            middle += hop * (conv.kernel - 1 - 2 * conv.padding)
+            hop *= conv.stride
+        count = -((middle - 2 * sample) // (2 * hop))
+        return count * (count > 0)
