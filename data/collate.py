@@ -5,8 +5,9 @@ looks at single samples.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -29,12 +30,14 @@ class Clip:
 
     `features` float32 [..., length]: the waveform [S] or log-mel [mel, frames]; `samples` at
     16 kHz, and what the length rule makes of them: valid encoder `frames`, adapter `slots`.
+    `language` as the corpus names it; empty for silence, which has none.
     """
 
     features: np.ndarray
     samples: int
     frames: int
     slots: int
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,23 @@ class Sample:
     words: tuple[Word, ...] = ()
 
 
+class Tensors:
+    """A dataclass of tensors, of more such, and of plain values."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with `change` done to all of its tensors."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return change(value)
+            return value.map(change) if isinstance(value, Tensors) else value
+
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return type(self)(**{f.name: changed(getattr(self, f.name)) for f in fields})
+
+
 @dataclass
-class Layout:
+class Layout(Tensors):
     """Documents packed one after another.
 
     source      int64 [T]: a token id >= 0, or -(r + 1) for row r of all clips' slots in a row
@@ -86,16 +104,45 @@ class Layout:
     label_rows: torch.Tensor
     label_ids: torch.Tensor
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """The same layout with `change` done to all of its tensors."""
 
-        def changed(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return change(value)
-            return value.map(change) if isinstance(value, Layout) else value
+@dataclass
+class Transcripts(Tensors):
+    """What the clips' slots spell, for a CTC loss whose alphabet is each transcript's own.
 
-        made = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return type(self)(**made)
+    A distinct tokens in the richest transcript, U tokens in all that are trained.
+
+    ids           int64 [C, A]: the distinct tokens of each, zeros behind them
+    unused        bool [C, A]: those zeros
+    targets       int64 [U]: one transcript after another, column of `ids` + 1 of each token
+    lengths       [C] tokens of each, on the host; 0 where there is nothing to train
+    trained       bool [C]: whether there is
+    clip_of_slot  int64 [R]
+    too_long      transcripts that do not fit their clip's slots, and so are not trained
+    """
+
+    ids: torch.Tensor
+    unused: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]
+    trained: torch.Tensor
+    clip_of_slot: torch.Tensor
+    too_long: int
+
+
+@dataclass
+class Spoken(Tensors):
+    """Words where they are heard and as they are written; E tokens of W words.
+
+    slot_rows     int64: rows of the words' slots among all clips' slots, word after word
+    slot_starts   int64 [W]: where each word begins there
+    token_ids     int64 [E], word after word
+    token_starts  int64 [W]
+    """
+
+    slot_rows: torch.Tensor
+    slot_starts: torch.Tensor
+    token_ids: torch.Tensor
+    token_starts: torch.Tensor
 
 
 @dataclass
@@ -106,26 +153,43 @@ class Batch(Layout):
     samples     [C] waveform samples at 16 kHz, on the host, like the next two
     frames      [C] valid encoder frames
     slots       [C] adapter slots
+    languages   [C]
     weight      1.0, or 0.0 for the dummy of an empty bin
     keys        [D] sample keys; none for a dummy
     skipped     content faults found while reading this bin
+    read        the same labels where the transcripts are read instead of heard, for a teacher
+    transcripts, words  of all clips
     """
 
     features: torch.Tensor
     samples: tuple[int, ...]
     frames: tuple[int, ...]
     slots: tuple[int, ...]
+    languages: tuple[str, ...] = ()
     weight: float = 1.0
     keys: tuple[str, ...] = ()
     epoch: int = -1
     step: int = -1
     bin: int = -1
     skipped: tuple[Skip, ...] = ()
+    read: Layout | None = None
+    transcripts: Transcripts | None = None
+    words: Spoken | None = None
 
     @property
     def num_labels(self) -> int:
         """Labels that count for the loss; 0 for a dummy."""
         return len(self.label_ids) if self.weight else 0
+
+    @property
+    def num_transcript_tokens(self) -> int:
+        """Tokens that count for a CTC loss; 0 for a dummy."""
+        return sum(self.transcripts.lengths) if self.transcripts and self.weight else 0
+
+    @property
+    def num_words(self) -> int:
+        """Words that have slots and tokens; 0 for a dummy."""
+        return len(self.words.slot_starts) if self.words and self.weight else 0
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -146,21 +210,27 @@ def collate(
 ) -> Batch:
     """Pack samples, one document and one clip each.
 
-    Raises `ValueError`, naming the key, on slots that the clip does not have, and on a label at
-    a document's first position, which no output predicts.
+    Raises `ValueError`, naming the key, on slots that the clip does not have, on a label at a
+    document's first position, which no output predicts, and where what is read does not have the
+    labels of what is heard.
     """
     clips = [sample.clip for sample in samples]
+    heard = lay_out([sample.document for sample in samples], samples)
     return Batch(
-        **vars(lay_out([sample.document for sample in samples], samples)),
+        **vars(heard),
         features=_pad_features([clip.features for clip in clips]),
         samples=tuple(clip.samples for clip in clips),
         frames=tuple(clip.frames for clip in clips),
         slots=tuple(clip.slots for clip in clips),
+        languages=tuple(clip.language for clip in clips),
         keys=tuple(sample.key for sample in samples),
         epoch=epoch,
         step=step,
         bin=bin,
         skipped=tuple(skipped),
+        read=_lay_out_read(heard, samples),
+        transcripts=_spell(samples),
+        words=_place_words(samples),
     )
 
 
@@ -201,10 +271,96 @@ def dummy_batch(
 
     Empty bins become this, since under ZeRO-3 every rank must run every module equally often.
     """
-    document: Document = (Speech(0, clip.slots), Text((0,)), Text((0,), labelled=True))
+    answer = (Text((0,)), Text((0,), labelled=True))
+    sample = Sample(
+        "dummy",
+        (Speech(0, clip.slots), *answer),
+        clip,
+        read=answer,
+        transcript=(0,),
+        words=(Word(0, 1, (0,)),),
+    )
     where = {"epoch": epoch, "step": step, "bin": bin}
-    batch = collate([Sample("dummy", document, clip)], skipped=skipped, **where)
+    batch = collate([sample], skipped=skipped, **where)
     return dataclasses.replace(batch, weight=0.0, keys=())
+
+
+def _lay_out_read(heard: Layout, samples: Sequence[Sample]) -> Layout | None:
+    """The documents to read, if there are any: of all samples, with the labels of `heard`."""
+    documents = [sample.read for sample in samples if sample.read is not None]
+    if not documents:
+        return None
+    without = [sample.key for sample in samples if sample.read is None]
+    if without:
+        raise ValueError(f"{without[0]}: has no document to read, but others of its batch have")
+    for sample in samples:
+        if _labels(sample.document) != _labels(sample.read or ()):
+            raise ValueError(f"{sample.key}: what is read has other labels than what is heard")
+    read = lay_out(documents, samples)
+    assert torch.equal(read.label_ids, heard.label_ids)
+    return read
+
+
+def _labels(document: Document) -> list[int]:
+    return [id for part in document if isinstance(part, Text) and part.labelled for id in part.ids]
+
+
+def _spell(samples: Sequence[Sample]) -> Transcripts:
+    alphabets, targets, lengths, too_long = [], [], [], 0
+    for sample in samples:
+        tokens = sample.transcript
+        # Between two of the same token CTC needs a blank.
+        repeats = sum(a == b for a, b in pairwise(tokens))
+        fits = len(tokens) + repeats <= sample.clip.slots
+        too_long += not fits
+        tokens = tokens if fits else ()
+        alphabet = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+        alphabets.append(alphabet)
+        targets += [alphabet[token] + 1 for token in tokens]
+        lengths.append(len(tokens))
+    ids = np.zeros((len(samples), max([1, *map(len, alphabets)])), np.int64)
+    unused = np.ones(ids.shape, bool)
+    for row, alphabet in enumerate(alphabets):
+        ids[row, : len(alphabet)] = list(alphabet)
+        unused[row, : len(alphabet)] = False
+    slots = [sample.clip.slots for sample in samples]
+    return Transcripts(
+        ids=torch.from_numpy(ids),
+        unused=torch.from_numpy(unused),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        lengths=tuple(lengths),
+        trained=torch.tensor(lengths, dtype=torch.int64) > 0,
+        clip_of_slot=torch.from_numpy(np.repeat(np.arange(len(slots)), slots)),
+        too_long=too_long,
+    )
+
+
+def _place_words(samples: Sequence[Sample]) -> Spoken:
+    """Raises `ValueError`, naming the key, on a word in slots that its clip does not have."""
+    slot_rows: list[np.ndarray] = []
+    tokens: list[tuple[int, ...]] = []
+    first = 0
+    for sample in samples:
+        for word in sample.words:
+            if word.start < 0 or word.start + word.count > sample.clip.slots:
+                raise ValueError(
+                    f"{sample.key}: a word lies in slots {word.start} to "
+                    f"{word.start + word.count}, but its clip has {sample.clip.slots}"
+                )
+            if word.count and word.ids:  # else there is nothing to compare
+                slot_rows.append(first + word.start + np.arange(word.count))
+                tokens.append(word.ids)
+        first += sample.clip.slots
+
+    def starts(parts: Sequence[Sized]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *map(len, parts)])[: len(parts)])
+
+    return Spoken(
+        slot_rows=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *slot_rows])),
+        slot_starts=starts(slot_rows),
+        token_ids=torch.tensor([id for ids in tokens for id in ids], dtype=torch.int64),
+        token_starts=starts(tokens),
+    )
 
 
 def _source(part: Text | Speech, sample: Sample, first_row: int) -> np.ndarray:

@@ -22,10 +22,12 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from data.augment import Augment
+from data.filters import Filters
 
 
 class ConfigError(ValueError):
@@ -181,18 +183,65 @@ class Data(Section):
     """What is done to the speech of stage 2 (see `data.augment`); None leaves it as it is."""
 
 
+class Server(Section):
+    """An OpenAI-compatible server (such as vLLM's) that has the same LLM and completes prompts."""
+
+    url: str
+    """Up to its version: `http://host:8000/v1`."""
+    model: str | None = None
+    """Its name there; None takes `model.decoder.path`."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself is never logged or written."""
+    concurrent: int = Field(32, ge=1)
+    """Requests of one rank that are under way at once."""
+    timeout_seconds: float = Field(120.0, gt=0)
+    retries: int = Field(8, ge=0)
+    """Tries after the first, on 408, 409, 429, 5xx and time-outs; then the run stops, resumable."""
+
+    @field_validator("url")
+    @classmethod
+    def _no_secrets(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")) or "@" in url or "?" in url:
+            raise ValueError("must be http(s)://host[:port]/path, without user, key or query")
+        return url
+
+
 class Behave(Section):
-    """Stage 1: what the frozen LLM answers to the transcripts (BLSP's continuation)."""
+    """Stage 1: what the frozen LLM answers to the transcripts."""
 
     templates: Path
-    """YAML list of {name, task, language, instruction, heldout, origin}."""
-    tasks: tuple[str, ...] = ("continue",)
+    """YAML list of wordings, see `data.templates`."""
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = {"continue": 1}
+    """How many targets an utterance gets of which task, each with another wording; a list of
+    tasks gives one each. A task may be a pattern: `{repeat: 1, "mi_*|summarise": 2}`. Stage 2
+    trains one of an utterance's targets per epoch, in turn: n epochs train n targets, all of
+    them equally often (BLOOMZMMS T + 2 MI: three epochs)."""
     output: Path
+    engine: Literal["hf", "openai"] = "hf"
+    """`hf` generates here, on all ranks; `openai` asks `server`."""
+    server: Server | None = None
+    sharded: bool = False
+    """With `hf`: partition the LLM over the ranks (ZeRO-3) rather than keep it whole on each."""
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(64, ge=1)
     items_per_shard: int = Field(1024, ge=1)
     temperature: float = Field(0.0, ge=0)
-    """0 decodes greedily; above, sampling is seeded by key."""
+    """0 decodes greedily; above, each target is sampled with random numbers of its own."""
+    filters: Filters = Filters()
+    """What is kept out of training, see `data.filters`; without any, empty answers alone."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _one_each(cls, value: Any) -> Any:
+        return dict.fromkeys(value, 1) if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _served(self) -> Behave:
+        if (self.engine == "openai") != (self.server is not None):
+            raise ValueError("engine openai needs a server, and no other engine takes one")
+        if self.engine == "openai" and self.sharded:
+            raise ValueError("sharded is for engine hf")
+        return self
 
 
 class Train(Section):
@@ -217,15 +266,27 @@ class Train(Section):
 class Evaluate(Section):
     shards: tuple[str, ...]
     tasks: Path
-    """JSONL rows {key, task, language, instruction, wording, answer, metric}."""
+    """A task file, see `data.tasks`."""
     inputs: tuple[Literal["speech", "text", "cascade", "shuffled", "none"], ...] = (
         "speech",
         "text",
         "cascade",
         "shuffled",
+        "none",
     )
     max_new_tokens: int = Field(64, ge=1)
+    num_beams: int = Field(1, ge=1)
+    """1 decodes greedily; a batch has so many rows less."""
+    option_score: Literal["mean", "sum"] = "mean"
+    """How options are compared: log probability per token, or of the whole answer."""
+    normaliser: Literal["lower", "plain", "whisper"] = "plain"
+    """What is done to texts before they are compared (see `train.metrics.NORMALISERS`)."""
+    resamples: int = Field(1000, ge=0)
+    """Bootstrap resamples behind the 95 % intervals; 0 for none."""
+    states: int = Field(100, ge=0)
+    """Utterances whose hidden states are compared between speech and text; 0 for none."""
     batch_size: int = Field(64, ge=1)
+    """Rows that the LLM runs at once: prompts, beams or options."""
     samples: int = Field(12, ge=0)
     """Clips that are logged to MLflow to listen to."""
 
@@ -351,6 +412,11 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
         raise ConfigError(
             f"{origin}: losses.kl, .ctc and .align need the text embeddings whole; set "
             "model.decoder.table: whole"
+        )
+    if (config.losses.kl or config.losses.ctc) and config.model.decoder.train == "full":
+        raise ConfigError(
+            f"{origin}: losses.kl and .ctc hold speech against a frozen LLM, but "
+            "model.decoder.train: full trains it; remove one"
         )
     return config
 

@@ -173,6 +173,12 @@ def partitioned(train: cfg.Train) -> Iterator[None]:
         del keep
 
 
+def inference(model: nn.Module, train: cfg.Train) -> None:
+    """Make a frozen model that was loaded partitioned run: its weights are gathered as it needs
+    them. Every rank must then run it equally often."""
+    deepspeed.initialize(model=model, config=ds_config(train, 1), dist_init_required=False)
+
+
 def gathered(params: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Makes partitioned parameters whole inside the context. A collective."""
     return deepspeed.zero.GatheredParameters(params)
@@ -208,19 +214,19 @@ class Engine:
         self._engine.train()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Summed loss of one bin (see `SpeechLLM.forward`)."""
+        """Summed losses of one bin (see `SpeechLLM.forward`)."""
         return self._engine(batch)
 
-    def backward(self, loss_sum: torch.Tensor, label_count: float, *, last: bool) -> None:
-        """Accumulate the gradient of `loss_sum / label_count`.
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of `loss`, over micro-batches and ranks.
 
         Args:
-            label_count: labels of the whole global step, over all ranks and micro-batches.
+            loss: sums, divided by the counts of the whole global step (see `train.loss.mixed`).
             last: whether this is the step's last micro-batch on this rank.
         """
         # DeepSpeed averages over ranks (and would divide by the accumulation): undone here,
-        # so that the update is the gradient of the sum over labels divided by their count.
-        self._engine.backward(loss_sum * (self.here.size / label_count), scale_wrt_gas=False)
+        # so that the update is the gradient of the sum of what all of them hand in.
+        self._engine.backward(loss * self.here.size, scale_wrt_gas=False)
         if not last:
             self._engine.step()
 

@@ -71,6 +71,8 @@ def open_feed(config: cfg.Config) -> Feed:
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch = data.prefetch
+    stream.reads = config.losses.kl is not None
+    stream.spells = config.losses.ctc is not None
     facts = {
         **order,
         "shards": shards.digest,

@@ -15,6 +15,7 @@ from train import checkpoint as ckpt
 from train import config as cfg
 from train.engine import Engine, World
 from train.feed import Feed
+from train.loss import counted, mixed
 from train.progress import bar, console
 from train.schedule import lr_at
 from train.stopping import Stopped, StopRequest, stop_requests
@@ -35,40 +36,48 @@ class Counts:
     """What one global step held, summed over ranks."""
 
     loss: float
+    """What was descended: the losses by their weights."""
+    losses: dict[str, float]
+    """Each a mean over what it counts."""
     labels: float
     tokens: float
     seconds: float
     documents: int
+    too_long: int = 0
+    """Transcripts that do not fit their slots, and so had no CTC loss."""
     skipped: list[dict[str, str]] = field(default_factory=list)
 
 
 def train_step(
-    engine: Engine, here: World, batches: list[Batch], lr: float
+    engine: Engine, here: World, batches: list[Batch], lr: float, weights: dict[str, float]
 ) -> tuple[Counts, float]:
     """One global step on this rank's micro-batches; returns what it held and the gradient norm.
 
+    Args:
+        weights: of the losses that the model computes, in its order.
     Raises:
         NonFinite: before the update, naming this rank's samples.
     """
-    labels = [batch.num_labels * batch.weight for batch in batches]
-    (label_count,) = here.sum(sum(labels))
+    totals = here.sum(*(sum(counted(b, loss) for b in batches) for loss in weights))
     losses = []
-    # An epoch's last step may hold nothing but dummies, if all of its samples were skipped.
-    divisor = max(1.0, label_count)
     for batch in batches:
-        loss = engine(batch.to(here.device))
-        engine.backward(loss, divisor, last=batch is batches[-1])
-        losses.append(loss.detach())
-    loss_sum, labels_sum, tokens, seconds, documents = here.sum(
-        float(torch.stack(losses).double().sum()),
-        sum(labels),
+        sums_K = engine(batch.to(here.device))
+        loss = mixed(sums_K, list(weights.values()), totals)
+        engine.backward(loss, last=batch is batches[-1])
+        losses.append(sums_K.detach())
+    *sums, labels, tokens, seconds, documents, too_long = here.sum(
+        *torch.stack(losses).double().sum(0).tolist(),
+        sum(b.num_labels for b in batches),
         sum(b.source.numel() * b.weight for b in batches),
         sum(sum(b.samples) * b.weight for b in batches) / SAMPLE_RATE,
         sum(len(b.keys) for b in batches),
+        sum(b.transcripts.too_long for b in batches if b.transcripts),
     )
-    counts = Counts(loss_sum, labels_sum, tokens, seconds, int(documents))
+    means = {n: s / max(1.0, t) for n, s, t in zip(weights, sums, totals, strict=True)}
+    total = sum(weights[name] * mean for name, mean in means.items())
+    counts = Counts(total, means, labels, tokens, seconds, int(documents), int(too_long))
     if not math.isfinite(counts.loss):
-        bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss.item())]
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not loss.isfinite().all()]
         keys = [key for b in bad for key in b.keys]
         raise NonFinite(
             f"the loss is {counts.loss} before update {batches[0].step} of epoch "
@@ -117,7 +126,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked for it; the checkpoint is written.
         """
-        total = self.config.train.steps
+        total, weights = self.config.train.steps, self.config.losses.weights
         with (
             bar("train", total, self.step, enabled=self.here.rank == 0) as shown,
             stop_requests() as stop,
@@ -129,7 +138,7 @@ class Trainer:
                     watchdog.at(f"step {self.step}")
                     waited = time.perf_counter() - began
                     lr = lr_at(self.step, self.config.train)
-                    counts, norm = train_step(self.engine, self.here, batches, lr)
+                    counts, norm = train_step(self.engine, self.here, batches, lr, weights)
                     self._enter(batches)
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
                     step_done()
@@ -160,7 +169,8 @@ class Trainer:
             self.tracker.log(
                 self.step,
                 {
-                    "train/loss": counts.loss / max(1.0, counts.labels),
+                    "train/loss": counts.loss,
+                    **{f"train/{name}": mean for name, mean in counts.losses.items()},
                     "train/grad_norm": norm,
                     "train/lr": lr,
                     "train/epoch": self.epoch,
@@ -168,6 +178,7 @@ class Trainer:
                     "data/tokens": counts.tokens,
                     "data/audio_seconds": counts.seconds,
                     "data/skipped": len(self.skipped) + len(counts.skipped),
+                    **({"data/ctc_too_long": counts.too_long} if "ctc" in counts.losses else {}),
                     "perf/tokens_per_second": counts.tokens / seconds,
                     "perf/audio_seconds_per_second": counts.seconds / seconds,
                     "perf/data_wait_share": waited / seconds,
@@ -236,7 +247,7 @@ class Trainer:
 
     def _line(self, counts: Counts, seconds: float) -> str:
         return (
-            f"loss {counts.loss / max(1.0, counts.labels):.4f}  "
+            f"loss {counts.loss:.4f}  "
             f"{counts.tokens / seconds:,.0f} tokens/s  "
             f"{counts.seconds / seconds:.0f}x real time"
         )

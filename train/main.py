@@ -92,6 +92,7 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         gathered=gathered,
         partition=partition,
         capacity=config.data.tokens_per_bin,
+        losses=config.losses,
     )
     if found is not None:
         load_trained(model, found.weights)

@@ -1,7 +1,7 @@
 """The speech LLM: encoder → adapter → slots placed among text tokens → decoder → loss.
 
 Shapes: C clips, F encoder frames (padded), N = C * F, R slots, T packed LLM positions, H LLM
-width, L labels, V vocabulary. A `Batch` (data.collate) holds the layout; this code follows it.
+width, L labels, K losses. A `Batch` (data.collate) holds the layout; this code follows it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from train.model.adapter import ConvAdapter
+from train import config as cfg
+from train.ctc import EmbeddingCTC
+from train.loss import Divergence, alignment
 from train.model.attention import Packing, set_packed
-from train.model.encoder import SpeechEncoder
+from train.model.draws import drawn_for
+from train.model.encoder import LayerSum, SpeechEncoder
+from train.model.head import answer_losses, prepare_head
+from train.model.lora import lora_modules
 from train.ops import RowExchange, Segments, pack_embeddings
 from train.ops.library import Impl
 
 if TYPE_CHECKING:
-    from data.collate import Batch
+    from data.collate import Batch, Layout
 
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[None]]
 """Makes partitioned parameters whole inside the context (on every rank; a collective)."""
@@ -38,8 +43,8 @@ class SpeechEmbeddings(nn.Module):
 
     The frozen text table stays whole on every rank, as the buffer `table`: under ZeRO-3 the
     decoder's own is partitioned, and gathering it (2 GB in BLOOMZ) for each micro-batch to read a
-    few thousand rows would cost more than keeping it. With `exchanged`, which costs no memory but
-    two small collectives a batch, `table` is empty.
+    few thousand rows would cost more than keeping it. With a `lookup` in its place (the exchange
+    costs no memory but two small collectives a batch), `table` is empty.
     """
 
     table: torch.Tensor
@@ -49,10 +54,10 @@ class SpeechEmbeddings(nn.Module):
         decoder: PreTrainedModel,
         gathered: Gathered,
         impl: Impl = "auto",
-        exchanged: ExchangedTable | None = None,
+        lookup: ExchangedTable | LiveTable | None = None,
     ):
         super().__init__()
-        self.impl, self._exchanged = impl, exchanged
+        self.impl, self._lookup = impl, lookup
         embed = decoder.get_input_embeddings()
         with torch.no_grad(), gathered(list(embed.parameters())):
             # Through the module, not its weight: Gemma 3 and others scale inside it.
@@ -63,12 +68,12 @@ class SpeechEmbeddings(nn.Module):
         # Slots start at the scale of the text embeddings they will stand among.
         self.weight = nn.Parameter(torch.full((hidden,), table.float().std().item()))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.register_buffer("table", table[:0] if exchanged else table, persistent=False)
+        self.register_buffer("table", table[:0] if lookup else table, persistent=False)
 
     def forward(self, speech_RH: torch.Tensor, source_T: torch.Tensor) -> torch.Tensor:
         table = self.table
-        if self._exchanged is not None:
-            table, source_T = self._exchanged(source_T)
+        if self._lookup is not None:
+            table, source_T = self._lookup(source_T)
         return pack_embeddings(
             table,
             speech_RH,
@@ -111,36 +116,62 @@ class ExchangedTable:
         return table, torch.where(source_T >= 0, at, source_T)
 
 
+class LiveTable:
+    """The text rows of one batch, out of embeddings that are trained: gathered, with gradients."""
+
+    def __init__(self, embed: nn.Embedding):
+        self._embed = embed
+
+    def __call__(self, source_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ExchangedTable`."""
+        at = torch.arange(len(source_T), device=source_T.device)
+        return self._embed(source_T.clamp(min=0)), torch.where(source_T >= 0, at, source_T)
+
+
 class SpeechLLM(nn.Module):
-    """What stage 2 trains and evaluation runs. Only the adapter and its LayerNorm are trained.
+    """What stage 2 trains and evaluation runs: of it, what requires gradients is trained.
 
     Args:
-        encoder: frozen; with `sharded_encoder` False it is hidden from the module tree, so
-            that DeepSpeed neither partitions nor gathers it.
+        encoder: with `sharded_encoder` False it is hidden from the module tree, so that DeepSpeed
+            neither partitions nor gathers it; its low-rank updates, if any, stay in the tree.
+        layer_sum: of the encoder's layers, in front of the adapter; None hears the last one.
+        seed: of the adapter's dropout.
+        losses: what `forward` computes.
     """
 
     def __init__(
         self,
         encoder: SpeechEncoder,
-        adapter: ConvAdapter,
+        adapter: nn.Module,
         decoder: PreTrainedModel,
         embeddings: SpeechEmbeddings,
         *,
+        layer_sum: LayerSum | None = None,
         sharded_encoder: bool = False,
+        losses: cfg.Losses | None = None,
+        seed: int = 0,
     ):
         super().__init__()
-        decoder.requires_grad_(False)
+        self.losses, self.seed = losses or cfg.Losses(), seed
         decoder.eval()
         if sharded_encoder:
             self.encoder = encoder
         else:
             object.__setattr__(self, "encoder", encoder)
+            if encoder.lora:
+                self.encoder_updates = lora_modules(encoder)
+        self.layer_sum = layer_sum
         self.adapter = adapter
         self.decoder = decoder
+        prepare_head(decoder)
         self.embeddings = embeddings
+        if self.losses.ctc is not None:
+            kernel = "plain" if self.losses.kernel == "plain" else "chunked"
+            ctc = EmbeddingCTC(len(embeddings.weight), self.losses.ctc.scale, kernel)
+            self.ctc = ctc.to(embeddings.table.dtype)
 
     def train(self, mode: bool = True) -> SpeechLLM:
-        """The frozen decoder stays in eval mode: its dropout must not wake up."""
+        """The decoder stays in eval mode: its dropout must not wake up."""
         super().train(mode)
         self.decoder.eval()
         return self
@@ -150,43 +181,115 @@ class SpeechLLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def listen(
-        self, features: torch.Tensor, samples: tuple[int, ...], frames: tuple[int, ...]
+        self,
+        features: torch.Tensor,
+        samples: tuple[int, ...],
+        frames: tuple[int, ...],
+        languages: tuple[str, ...] = (),
     ) -> torch.Tensor:
         """Slots [R, H] of all clips, one after another, before the last LayerNorm.
 
         Args:
             features: the encoder's input of each clip, padded at the end (see `SpeechEncoder`).
             samples, frames: each clip's own length in samples and in encoder frames.
+            languages: each clip's, for an encoder with per-language adapters.
         """
-        frames_CFE = self.encoder(features, samples)
+        if self.layer_sum is None:
+            frames_CFE = self.encoder(features, samples, languages)
+        else:
+            frames_CFE = self.layer_sum(*self.encoder.layers(features, samples, languages))
         segments = Segments.padded(frames, frames_CFE.shape[1], frames_CFE.device)
         # A plain model may hold the adapter in float32 over a bf16 encoder.
         rows_NE = frames_CFE.flatten(0, 1).to(self.embeddings.weight.dtype)
         return self.adapter(rows_NE, segments)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """LLM inputs [T, H] of a packed batch."""
-        speech_RH = self.listen(batch.features, batch.samples, batch.frames)
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Sums of the losses that are on, float32 [K], in the order of `losses.weights`.
+
+        Not means: the caller divides each by its own count over the whole step. A batch of
+        weight 0 gives zeros, and gradients of zero.
+        """
+        on = self.losses
+        with drawn_for(self.seed, batch.epoch, batch.step, batch.bin, device=batch.source.device):
+            speech_RH = self.listen(batch.features, batch.samples, batch.frames, batch.languages)
         if speech_RH.shape[0] != sum(batch.slots):
             raise ValueError(
                 f"the adapter made {speech_RH.shape[0]} slots, the batch's plan has "
                 f"{sum(batch.slots)}; was it collated with another length rule?"
             )
-        return self.embeddings(speech_RH, batch.source)
+        rows = self._rows(batch, speech_RH)
+        sums = []
+        if on.ce or on.kl:
+            sums.append(self._answer(batch, rows))
+        if on.ctc is not None:
+            assert batch.transcripts is not None
+            table = self.embeddings.table
+            sums.append(self.ctc(rows["slots"], table, batch.slots, batch.transcripts)[None])
+        if on.align is not None:
+            assert batch.words is not None
+            distance = alignment(
+                rows["slots"],
+                rows["words"],
+                batch.words.slot_rows,
+                batch.words.slot_starts,
+                batch.words.token_starts,
+                on.align.distance,
+            )
+            sums.append(distance[None])
+        return torch.cat(sums) * batch.weight
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Sum of the cross entropies of the batch's labels (float32 scalar), times its weight.
+    def _rows(self, batch: Batch, speech_RH: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Everything that is looked up or normalised for this batch, in one call.
 
-        Not a mean: the caller divides by the global count of labels of the step.
+        heard [T, H], the LLM's input; read, the teacher's; slots [R, H], all of them, whether
+        placed in a document or not; words [E, H], the embeddings of the words' tokens.
         """
-        inputs_TH = self.embed(batch)
-        extras = set_packed(self.decoder, Packing(batch.lengths))
+        on, wanted = self.losses, {}
+        if on.ce or on.kl:
+            wanted["heard"] = batch.source
+        if on.kl is not None:
+            if batch.read is None:
+                raise ValueError("losses.kl needs what a teacher reads, but the batch has none")
+            wanted["read"] = batch.read.source
+        if on.ctc is not None or on.align is not None:
+            # A second copy: no row is placed twice in one call.
+            wanted["slots"] = -1 - torch.arange(len(speech_RH), device=speech_RH.device)
+            if "heard" in wanted:
+                wanted["slots"] -= len(speech_RH)
+                speech_RH = torch.cat([speech_RH, speech_RH])
+        if on.align is not None:
+            assert batch.words is not None
+            wanted["words"] = batch.words.token_ids
+        # One call: a module that is called twice confuses those who gather its parameters.
+        found = self.embeddings(speech_RH, torch.cat(list(wanted.values())))
+        return dict(zip(wanted, found.split([len(w) for w in wanted.values()]), strict=True))
+
+    def _answer(self, batch: Batch, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sums over the labels of `ce` and `kl`, those that are on."""
+        kl, teacher_LH = self.losses.kl, None
+        if kl is not None:
+            assert batch.read is not None
+            # Before the pass that is trained: hooks and attention are left as that one needs them.
+            with torch.no_grad():
+                teacher_LH = self._decode(rows["read"].detach(), batch.read)
+        return answer_losses(
+            self.decoder,
+            self._decode(rows["heard"], batch),
+            batch.label_ids,
+            teacher_LH,
+            ce=bool(self.losses.ce),
+            kl=None if kl is None else Divergence(kl.temperature, kl.top_k),
+            kernel=self.losses.kernel,
+        )
+
+    def _decode(self, inputs_TH: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The decoder's last hidden states [L, H] where the labels are predicted."""
+        extras = set_packed(self.decoder, Packing(layout.lengths))
         hidden_TH = self.decoder.get_decoder()(
             inputs_embeds=inputs_TH[None],
-            position_ids=batch.positions[None],
+            position_ids=layout.positions[None],
             use_cache=False,
             **extras,
         ).last_hidden_state[0]
-        logits_LV = self.decoder.get_output_embeddings()(hidden_TH[batch.label_rows])
-        loss = nn.functional.cross_entropy(logits_LV.float(), batch.label_ids, reduction="sum")
-        return loss * batch.weight
+        hidden_LH: torch.Tensor = hidden_TH[layout.label_rows]
+        return hidden_LH
