@@ -35,11 +35,12 @@ def demo(root: Path) -> float:
 
 
 def scores(root: Path) -> dict[tuple[str, str], tuple[float, int]]:
-    """(task or group of tasks, input) → (mean value, least count), all languages."""
+    """(task or group of tasks, input) → (mean value, least count), all languages and wordings."""
     rows = json.loads((root / "runs/micro/blsp/evaluation.json").read_text())
     groups: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     for row in rows:
-        if row["language"] == "all":
+        pooled = row["language"] == row["wording"] == "all"
+        if pooled and row["metric"] in ("wer", "bleu", "exact"):
             task = "translate" if row["task"].startswith("translate") else row["task"]
             groups[task, row["input"]].append((row["value"], row["count"]))
     return {

@@ -20,13 +20,15 @@ from data.audio import AudioError
 from data.augment import AugmentError
 from data.ledger import LedgerError
 from data.retry import ReadError
+from data.tasks import TaskError
 from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
 from train.stopping import Stopped
 
 MENDABLE = (
-    ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TemplateError,
+    ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TaskError,
+    TemplateError,
 )  # fmt: skip
 RESUMABLE = 75
 

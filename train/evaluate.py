@@ -2,232 +2,115 @@
 
     deepspeed train/evaluate.py configs/micro/blsp.yaml --checkpoint runs/micro/blsp
 
-`text` gives the LLM the transcript (upper bound), `cascade` the encoder's own transcript,
-`shuffled` another utterance's audio (floor), `none` no input at all.
+What is asked stands in a task file (`data.tasks`), with which inputs in `train.evaluation`, how it
+is scored in `train.metrics`. `python -m train.compare` puts several results side by side.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.table import Table
-
-from data.audio import decode
+from data.archive import ShardError, read_meta
 from data.shards import ShardSet
+from data.sources import expand, index_address
+from data.tasks import Item, load_items
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.engine import World, world
+from train.evaluation import Evaluation, Result
 from train.feed import open_cache
-from train.metrics import score
-from train.model.respond import Question, Responder
-from train.model.transcribe import Transcriber
-from train.progress import Bar, bar, console
-from train.tracking import Tracker, run_tags
+from train.generalisation import generalisation
+from train.metrics import CHOICES, METRICS
+from train.model.respond import Responder
+from train.progress import bar, console
+from train.report import answer_rows, print_generalisation, print_scores, track, write_json
+from train.scores import cells
+from train.states import Measured
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question about one utterance."""
-
-    key: str
-    task: str
-    language: str
-    instruction: str
-    wording: str
-    answer: str
-    metric: str
-
-
-@dataclass(frozen=True)
-class Result:
-    item: Item
-    input: str
-    answer: str
+def check(items: list[Item], path: Path) -> None:
+    """Raise `ConfigError` on a metric that there is not, or that an item gives nothing to."""
+    for item in items:
+        for name in item.metrics:
+            if name not in METRICS:
+                raise cfg.ConfigError(
+                    f"{path}: task {item.task!r} has metric {name!r}; known are "
+                    f"{', '.join(METRICS)}"
+                )
+            if name in CHOICES and not item.options:
+                raise cfg.ConfigError(
+                    f"{path}: task {item.task!r} has metric {name!r}, which needs `options` to "
+                    f"choose from; {item.key!r} has none"
+                )
 
 
-def load_items(path: Path, known: set[str]) -> list[Item]:
-    """Rows of the task file, each about a key of the evaluation shards.
+def trained_tasks(config: dict[str, Any]) -> tuple[str, ...]:
+    """The tasks, or patterns of tasks, whose targets a checkpoint was trained on; none if unknown.
 
-    Raises:
-        ConfigError: the file is missing, or a row is malformed or about an unknown key.
+    Args:
+        config: the resolved configuration in the checkpoint. What its target shards say of
+            themselves is preferred; where they are gone, its `behave.tasks`.
     """
-    items = []
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise cfg.ConfigError(f"evaluate.tasks: {path} does not exist") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            item = Item(**{name: row[name] for name in Item.__dataclass_fields__})
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise cfg.ConfigError(f"{path}:{number}: not a task row ({e}): {line[:100]}") from None
-        if item.key not in known:
-            raise cfg.ConfigError(f"{path}:{number}: {item.key!r} is in none of evaluate.shards")
-        items.append(item)
-    return items
+        metas = [read_meta(index_address(a)) for a in expand(config["data"]["targets"])]
+        return tuple(sorted({task for meta in metas for task in meta["tasks"]}))
+    except (ShardError, OSError, KeyError, TypeError):
+        return tuple((config.get("behave") or {}).get("tasks") or ())
 
 
-class Evaluation:
-    """The questions of some clips, asked with every kind of input."""
-
-    def __init__(self, config: cfg.Config, evaluate: cfg.Evaluate, responder: Responder):
-        self.evaluate, self.responder = evaluate, responder
-        self.max_seconds = config.data.max_seconds
-        self.transcriber = None
-        if "cascade" in evaluate.inputs:
-            self.transcriber = Transcriber(config.model.encoder.path, responder.device)
-
-    def results(
-        self, shards: ShardSet, clips: list[int], items: dict[str, list[Item]], shown: Bar
-    ) -> Iterator[Result]:
-        """Answers to all `items` about `clips` (indices into `shards`)."""
-        waves = [decode(shards.read(i, "flac"), max_seconds=self.max_seconds) for i in clips]
-        slots = self.responder.listen(waves)
-        heard = self.transcriber(waves) if self.transcriber else []
-        pending: list[tuple[Item, str, Question]] = []
-        for at, i in enumerate(clips):
-            inputs: dict[str, str | torch.Tensor] = {
-                "speech": slots[at],
-                # The neighbour's audio: as natural as the right one, and wrong.
-                "shuffled": slots[at - 1],
-                "text": shards.texts[i].as_py(),
-                "cascade": heard[at] if heard else "",
-                "none": "",
-            }
-            for item in items[shards.key(i)]:
-                for kind in self.evaluate.inputs:
-                    pending.append((item, kind, Question(item.instruction, inputs[kind])))
-        # Answers of like length end together, so little of a batch is spent on waiting.
-        pending.sort(key=lambda p: (len(p[0].answer), p[0].key, p[0].task, p[1]))
-        for start in range(0, len(pending), self.evaluate.batch_size):
-            batch = pending[start : start + self.evaluate.batch_size]
-            answers = self.responder.answer(
-                [q for _, _, q in batch], max_new_tokens=self.evaluate.max_new_tokens
-            )
-            for (item, source, _), answer in zip(batch, answers, strict=True):
-                yield Result(item, source, answer)
-            shown.advance(len(batch))
-
-
-def summarise(results: list[Result]) -> list[dict[str, Any]]:
-    """Rows {task, language, input, metric, value, count}; language `all` pools the languages."""
-    groups: dict[tuple[str, str, str, str], list[Result]] = defaultdict(list)
-    for r in results:
-        for language in (r.item.language, "all"):
-            groups[r.item.task, language, r.input, r.item.metric].append(r)
-    return [
-        {
-            "task": task,
-            "language": language,
-            "input": source,
-            "metric": metric,
-            "value": score(metric, [r.answer for r in group], [r.item.answer for r in group]),
-            "count": len(group),
-        }
-        for (task, language, source, metric), group in sorted(groups.items())
-    ]
-
-
-def print_table(rows: list[dict[str, Any]], kinds: tuple[str, ...]) -> None:
-    table = Table(title="evaluation (all languages)")
-    for name in ("task", "metric", "count", *kinds):
-        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    cells: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
-    for r in rows:
-        if r["language"] == "all":
-            cells[r["task"], r["metric"], r["count"]][r["input"]] = r["value"]
-    for (task, metric, count), values in sorted(cells.items()):
-        shown = [f"{values[kind]:.1f}" if kind in values else "" for kind in kinds]
-        table.add_row(task, metric, str(count), *shown)
-    console.print(table)
-
-
-def track(
+def run(
     config: cfg.Config,
-    evaluate: cfg.Evaluate,
-    state: ckpt.State,
-    rows: list[dict[str, Any]],
-    results: list[Result],
-    shards: ShardSet,
-) -> str:
-    """An evaluation run in the tracker, with metrics, tables and clips; returns its id."""
-    tracker = Tracker(
-        config.run.tracking_uri,
-        config.run.experiment,
-        f"{config.run.name}-evaluation",
-        params=config.flat() | {"checkpoint.step": str(state.step)},
-        tags=run_tags("evaluate") | {"hearken.trained_by": state.tracker_run},
-    )
-    tracker.values(
-        {
-            f"eval/{r['input']}/{r['task']}_{r['metric']}": r["value"]
-            for r in rows
-            if r["language"] == "all"
-        }
-    )
-    tracker.table("evaluation", {name: [r[name] for r in rows] for name in rows[0]})
-    spoken = [r for r in results if r.input == "speech"]
-    spoken.sort(key=lambda r: (r.item.key, r.item.task))
-    heard = sorted({r.item.key for r in spoken})
-    wanted = heard[:: max(1, len(heard) // max(1, evaluate.samples))][: evaluate.samples]
-    index = {key: i for i, key in enumerate(shards.keys.to_pylist())}
-    folder = config.run.output / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for key in wanted:
-        path = folder / f"{key}.flac"
-        path.write_bytes(shards.read(index[key], "flac"))
-        tracker.file(path, "samples")
-    shown = [r for r in spoken if r.item.key in set(wanted)]
-    columns = {
-        "audio": [f"samples/{r.item.key}.flac" for r in shown],
-        "transcript": [shards.texts[index[r.item.key]].as_py() for r in shown],
-        "task": [r.item.task for r in shown],
-        "instruction": [r.item.instruction for r in shown],
-        "expected": [r.item.answer for r in shown],
-        "answer": [r.answer for r in shown],
-    }
-    tracker.table("samples", columns)
-    tracker.close()
-    return tracker.run_id
-
-
-def run(config: cfg.Config, checkpoint: Path, json_path: Path | None, here: World) -> None:
+    checkpoint: Path,
+    json_path: Path | None,
+    answers_path: Path | None,
+    here: World,
+) -> None:
     evaluate = config.evaluate
     if evaluate is None:
         raise cfg.ConfigError("the config has no `evaluate` section")
     shards = ShardSet.open(list(evaluate.shards), open_cache(config.data))
-    items: dict[str, list[Item]] = defaultdict(list)
     keys = shards.keys.to_pylist()
-    for item in load_items(evaluate.tasks, set(keys)):
+    listed = load_items(evaluate.tasks, set(keys))
+    check(listed, evaluate.tasks)
+    items: dict[str, list[Item]] = defaultdict(list)
+    for item in listed:
         items[item.key].append(item)
     found = ckpt.find(checkpoint)
-    responder = Responder(config, found.weights, here.device)
-    evaluation = Evaluation(config, evaluate, responder)
     clips = [i for i, key in enumerate(keys) if key in items]
+    responder = Responder(config, found.weights, here.device)
+    evaluation = Evaluation(config, evaluate, responder, shards, items, clips)
     size = evaluate.batch_size
     chunks = [clips[at : at + size] for at in range(0, len(clips), size)][here.rank :: here.size]
     total = sum(len(items[keys[i]]) for chunk in chunks for i in chunk)
-    mine: list[Result] = []
+    mine: tuple[list[Result], list[Measured]] = [], []
     with bar("questions", total * len(evaluate.inputs), enabled=here.rank == 0) as shown:
         for chunk in chunks:
-            mine += evaluation.results(shards, chunk, items, shown)
-    results = [r for rank in here.gather(mine) for r in rank]
+            results, measured = evaluation.results(chunk, shown)
+            mine[0].extend(results)
+            mine[1].extend(measured)
+    gathered = here.gather(mine)
     if here.rank == 0:
-        rows = summarise(results)
-        print_table(rows, evaluate.inputs)
+        all_results = [r for results, _ in gathered for r in results]
+        scored = cells(
+            all_results,
+            [m for _, measured in gathered for m in measured],
+            normaliser=evaluate.normaliser,
+            resamples=evaluate.resamples,
+            trained=trained_tasks(found.state.config),
+        )
+        general = generalisation(scored)
+        rows = [cell.row for cell in scored]
+        print_scores(rows, evaluate.inputs)
+        print_generalisation(general)
         if json_path is not None:
-            json_path.parent.mkdir(parents=True, exist_ok=True)
-            json_path.write_text(json.dumps(rows, indent=1) + "\n")
-        run_id = track(config, evaluate, found.state, rows, results, shards)
+            write_json(json_path, rows)
+        if answers_path is not None:
+            write_json(answers_path, answer_rows(all_results))
+        run_id = track(config, found.state, scored, general, all_results, shards)
         console.print(
             f"evaluated {len(clips)} utterances with {found.path}; tracker run {run_id}; to look: "
             f"mlflow ui --backend-store-uri {config.run.tracking_uri}"
@@ -238,10 +121,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint or run folder (run.output)")
     parser.add_argument("--json", type=Path, help="write the rows as JSON, too")
+    parser.add_argument("--answers", type=Path, help="write every answer as JSON, too")
     args = parser.parse_args(argv)
     config = cfg.load(args.config, args.set)
     with world() as here:
-        run(config, args.checkpoint or config.run.output, args.json, here)
+        run(config, args.checkpoint or config.run.output, args.json, args.answers, here)
 
 
 if __name__ == "__main__":

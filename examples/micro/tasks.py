@@ -121,10 +121,12 @@ def answer(task: str, meaning: Meaning, language: str) -> str:
     return sentence(meaning, task.removeprefix("translate_"))
 
 
-def metric(task: str) -> str:
+def metrics(task: str) -> list[str]:
     if task == "repeat":
-        return "wer"
-    return "bleu" if task.startswith("translate_") else "exact"
+        return ["wer", "cer"]
+    if task.startswith("translate_"):
+        return ["bleu", "chrf"]
+    return ["exact", "accuracy", "f1"] if task in CHOICES else ["exact"]
 
 
 def evaluation_rows(key: str, meaning: Meaning, language: str, index: int) -> list[dict]:
@@ -142,9 +144,9 @@ def evaluation_rows(key: str, meaning: Meaning, language: str, index: int) -> li
                 "instruction": texts[index % len(texts)],
                 "wording": wording,
                 "answer": answer(task, meaning, language),
-                "metric": metric(task),
+                "metric": metrics(task),
             }
-            rows.append(row | ({"choices": CHOICES[task]} if task in CHOICES else {}))
+            rows.append(row | ({"options": CHOICES[task]} if task in CHOICES else {}))
     return rows
 
 

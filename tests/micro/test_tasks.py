@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.tasks import parse
 from data.templates import load_templates
 from examples.micro import grammar, tasks, vocabulary
 from examples.micro.grammar import Meaning
@@ -61,8 +62,9 @@ def test_evaluation_rows_ask_every_task_in_seen_and_unseen_words() -> None:
     for row in rows:
         trained, unseen = tasks.WORDINGS[row["task"]]
         assert row["instruction"] in (trained if row["wording"] == "seen" else unseen)
-        assert row["answer"] in row.get("choices", [row["answer"]])
-        assert row["metric"] in ("wer", "bleu", "exact")
+        item = parse(row)
+        assert item.row() | {"metric": list(item.metrics)} == row
+        assert ("accuracy" in item.metrics) == bool(item.options)
 
 
 def test_prompt_file_is_one_that_stage_1_reads(tmp_path: Path) -> None:

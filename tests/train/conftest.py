@@ -65,15 +65,20 @@ def uninterrupted(workspace: Workspace) -> str:
 
 @pytest.fixture(scope="session")
 def tasks(workspace: Workspace) -> Path:
-    """A task file over the training shards: repeat, with the transcript as answer."""
+    """A task file over the training shards: to repeat, to translate, and to choose."""
     rows = [json.loads(line) for line in (workspace.root / "corpus/train.jsonl").open()]
     path = workspace.root / "tasks.jsonl"
     with path.open("w") as out:
-        for row in rows[:10]:
-            for task, metric in (("repeat", "wer"), ("translate", "bleu"), ("what", "exact")):
-                item = {
-                    "key": row["key"], "task": task, "language": "en", "wording": "seen",
-                    "instruction": "repeat this", "answer": row["text"], "metric": metric,
-                }  # fmt: skip
-                out.write(json.dumps(item) + "\n")
+        for n, row in enumerate(rows[:10]):
+            wording = {"wording": "seen", "instruction": "repeat this"}
+            if n % 2:
+                wording = {"wording": "unseen", "instruction": "repeat"}
+            item = {"key": row["key"], "language": "en", "answer": row["text"], **wording}
+            lines = [
+                item | {"task": "repeat", "metric": ["wer", "cer"]},
+                item | {"task": "translate", "metric": ["bleu", "chrf"]},
+                item | {"task": "what", "answer": "cat", "metric": ["exact", "accuracy", "f1"],
+                        "options": ["cat", "old dog"]},
+            ]  # fmt: skip
+            out.writelines(json.dumps(line) + "\n" for line in lines)
     return path

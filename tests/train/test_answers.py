@@ -23,24 +23,39 @@ def evaluated(workspace: Workspace, uninterrupted: str, tasks: Path) -> list[dic
     shards = workspace.root / "shards" / "train-*.tar"
     launch(
         "train/evaluate.py", tree_path, "--checkpoint", workspace.root / uninterrupted,
-        "--json", rows, "--set", f"evaluate={{shards: ['{shards}'], tasks: '{tasks}', "
-        "batch_size: 4, max_new_tokens: 5, samples: 3, "
-        "inputs: [speech, text, cascade, shuffled, none]}", ranks=2,
+        "--json", rows, "--answers", workspace.root / "answers.json",
+        "--set", f"evaluate={{shards: ['{shards}'], tasks: '{tasks}', batch_size: 4, "
+        "max_new_tokens: 5, samples: 3, num_beams: 2, states: 4}", ranks=2,
     )  # fmt: skip
     return json.loads(rows.read_text())
 
 
 def test_every_task_is_scored_for_every_input(evaluated: list[dict]) -> None:
     assert all(
-        set(row) == {"task", "language", "input", "metric", "value", "count"} for row in evaluated
+        {"task", "language", "input", "metric", "value", "count"} < set(row) for row in evaluated
     )
-    cells = {(r["task"], r["input"], r["language"]): r["count"] for r in evaluated}
-    for task in ("repeat", "translate", "what"):
+    cells = {
+        (r["task"], r["input"], r["language"], r["metric"]): r["count"]
+        for r in evaluated
+        if r["wording"] == "all"
+    }
+    for task, metric in (("repeat", "wer"), ("translate", "bleu"), ("what", "accuracy")):
         for kind in ("speech", "text", "cascade", "shuffled", "none"):
-            assert cells[task, kind, "all"] == cells[task, kind, "en"] == 10
+            assert cells[task, kind, "all", metric] == cells[task, kind, "en", metric] == 10
+        assert cells[task, "speech", "all", "state_cosine"] > 0
+    # The targets of this run are continuations alone.
+    assert {r["trained"] for r in evaluated} == {False}
 
 
-def test_the_tracker_has_scores_table_and_clips(
+def test_ranks_share_the_questions_and_lose_none(
+    evaluated: list[dict], workspace: Workspace
+) -> None:
+    answers = json.loads((workspace.root / "answers.json").read_text())
+    asked = [(a["key"], a["task"], a["input"]) for a in answers]
+    assert len(asked) == len(set(asked)) == 10 * 3 * 5
+
+
+def test_the_tracker_has_scores_tables_and_clips(
     evaluated: list[dict], workspace: Workspace, uninterrupted: str
 ) -> None:
     uri = f"sqlite:///{workspace.root / uninterrupted}.db"
@@ -50,9 +65,9 @@ def test_the_tracker_has_scores_table_and_clips(
     (run,) = [r for r in runs if r.data.tags["hearken.stage"] == "evaluate"]
     by_id = {r.info.run_id: r for r in runs}
     assert by_id[run.data.tags["hearken.trained_by"]].data.tags["hearken.stage"] == "train"
-    assert "eval/speech/repeat_wer" in run.data.metrics
+    assert {"eval/speech/repeat_wer", "drop/speech/repeat_wer"} <= set(run.data.metrics)
     paths = {f.path for f in client.list_artifacts(run.info.run_id)}
-    assert {"samples.json", "evaluation.json", "samples"} <= paths
+    assert {"samples.json", "evaluation.json", "generalisation.json", "samples"} <= paths
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 3
 
 

@@ -10,9 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.prompts import Prompt
 from train import config as cfg
+from train.model.attention import Packing, set_packed
 from train.model.build import build, length_rule, load_tokenizer
 from train.model.encoder import Featurize
 from train.model.generate import generate, to_text
+from train.model.options import OptionScore, score_options
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,46 @@ class Responder:
         """One answer per question; all of them generated in one batch."""
         if not questions:
             return []
-        hidden = self.model.embeddings.table.shape[1]
+        inputs_TH, lengths = self._inputs(questions)
+        answers = generate(
+            self.model.decoder,
+            inputs_TH,
+            lengths,
+            eos=int(self.tokenizer.eos_token_id),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+        )
+        return [to_text(self.tokenizer, a) for a in answers]
+
+    @torch.no_grad()
+    def score(
+        self, questions: list[Question], options: list[tuple[str, ...]]
+    ) -> list[list[OptionScore]]:
+        """The scores of each question's options, which are tokenised as they are written.
+
+        All of them run in one batch, of as many rows as there are options.
+        """
+        if not questions:
+            return []
+        ids = [[self.prompt.encode(option) for option in given] for given in options]
+        eos = int(self.tokenizer.eos_token_id)
+        return score_options(self.model.decoder, *self._inputs(questions), ids, eos=eos)
+
+    @torch.no_grad()
+    def states(self, questions: list[Question]) -> torch.Tensor:
+        """[questions, H] float32, on the CPU: the LLM's last hidden state where it is to answer."""
+        inputs_TH, lengths = self._inputs(questions)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        extras = set_packed(self.model.decoder, Packing(lengths))
+        hidden_TH = self.model.decoder.get_decoder()(
+            inputs_embeds=inputs_TH[None], position_ids=positions[None], use_cache=False, **extras
+        ).last_hidden_state[0]
+        return hidden_TH[torch.tensor(lengths).cumsum(0) - 1].float().cpu()
+
+    def _inputs(self, questions: list[Question]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """LLM inputs [T, H] of all prompts, one after another, and the length of each."""
+        table = self.model.embeddings.table
         speech = [q.input for q in questions if isinstance(q.input, torch.Tensor)]
-        empty = self.model.embeddings.table.new_empty(0, hidden)
         source: list[int] = []
         lengths, row = [], 0
         for question in questions:
@@ -89,17 +128,9 @@ class Responder:
                 ids = self.prompt.with_text(question.instruction, question.input)
             source += ids
             lengths.append(len(ids))
-        rows_RH = torch.cat(speech) if speech else empty
+        rows_RH = torch.cat(speech) if speech else table.new_empty(0, table.shape[1])
         inputs_TH = self.model.embeddings(rows_RH, torch.tensor(source, device=self.device))
-        answers = generate(
-            self.model.decoder,
-            inputs_TH,
-            tuple(lengths),
-            eos=int(self.tokenizer.eos_token_id),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-        )
-        return [to_text(self.tokenizer, a) for a in answers]
+        return inputs_TH, tuple(lengths)
 
 
 def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
