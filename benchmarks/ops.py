@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, no torch.compile")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     options = parser.parse_args()
+    if options.device == "cpu":
+        recycle_memory()
     report = Report("ops")
     rounds = 3 if options.quick else 9
     for dtype in (torch.float32, torch.bfloat16):
@@ -69,6 +71,17 @@ def main() -> None:
     print(report.markdown())
     if options.json:
         report.write(options.json)
+
+
+def recycle_memory() -> None:
+    """Keep freed memory in the process, as a caching allocator does.
+
+    Otherwise glibc gives every large result fresh pages, whose faults take longer than what is
+    measured, for all alike.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no result is mapped on its own
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
 def librispeech_lengths(count: int = 32, seed: int = 0) -> list[int]:

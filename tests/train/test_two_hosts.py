@@ -108,10 +108,11 @@ def test_one_run_on_a_server_that_both_reach(
     workspace: Workspace, hosts: tuple[Host, Host], hostfile: Path, server: str
 ) -> None:
     uri, database = server.split()
-    config = workspace.config("served", run__tracking_uri=uri)
-    half = ("--set", "train.schedule=constant", "--set", f"train.steps={STEPS // 2}")
-    across(hosts, hostfile, "train/main.py", config, *half)
-    across(hosts, hostfile, "train/main.py", config, "--set", "train.schedule=constant")
+    config = workspace.config("served", train__schedule="constant")
+    here = ("--set", f"run.tracking_uri={uri}")
+    half = ("--set", f"train.steps={STEPS // 2}")
+    across(hosts, hostfile, "train/main.py", config, *here, *half)
+    across(hosts, hostfile, "train/main.py", config, *here)
     client = mlflow.MlflowClient(database)
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
     (run,) = client.search_runs([experiment.experiment_id])
