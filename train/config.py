@@ -28,6 +28,7 @@ from pydantic import (
 
 from data.augment import Augment
 from data.filters import Filters
+from data.interleave import Interleave
 
 
 class ConfigError(ValueError):
@@ -181,6 +182,16 @@ class Data(Section):
     """What that folder may hold, over all processes of a host."""
     augment: Augment | None = None
     """What is done to the speech of stage 2 (see `data.augment`); None leaves it as it is."""
+    words: tuple[str, ...] = ()
+    """Word shards of the same speech, made by `data.align`."""
+    interleave: Interleave | None = None
+    """Which utterances are partly read, partly heard (see `data.interleave`); needs `words`."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Data:
+        if self.interleave and not self.words:
+            raise ValueError("interleave needs words; make word shards by data.align and name them")
+        return self
 
 
 class Server(Section):

@@ -51,6 +51,9 @@ def open_feed(config: cfg.Config) -> Feed:
     cache = open_cache(data)
     shards = ShardSet.open(list(data.shards), cache)
     targets = Overlay.open(list(data.targets), shards, cache=cache)
+    words = None
+    if data.words:
+        words = Overlay.open(list(data.words), shards, "words.json", cache)
     tokenizer = load_tokenizer(config.model)
     rule = length_rule(config.model)
     order = {
@@ -68,6 +71,8 @@ def open_feed(config: cfg.Config) -> Feed:
         Featurize(config.model.encoder.path),
         workers=data.workers,
         augment=data.augment,
+        words=words,
+        interleave=data.interleave,
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch = data.prefetch
@@ -81,5 +86,8 @@ def open_feed(config: cfg.Config) -> Feed:
         "lengths": repr(rule),
         "augment": stream.augmenter.facts() if stream.augmenter else None,
     }
+    if words:
+        interleave = vars(data.interleave) if data.interleave else None
+        facts |= {"words": words.digest, "interleave": interleave}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Feed(stream, digest)
