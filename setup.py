@@ -66,6 +66,8 @@ setup(
         "safetensors",
         "pyarrow",
         "ninja",
+        "jinja2",
+        "py3langid",
     ],
     extras_require={
         "dev": [
@@ -77,7 +79,9 @@ setup(
             "clang-format",
             "pre-commit",
             "types-PyYAML",
+            "transformers[serving]",
         ],
+        "openai": ["openai>=1.98"],
         "micro": ["espeakng-loader"],
         "flash": ["flash-attn"],
     },

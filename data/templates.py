@@ -1,10 +1,27 @@
-"""Instruction templates: one YAML list of wordings with task, language and origin."""
+"""Instruction templates as data: YAML lists of wordings, and which of them an utterance gets.
 
-from __future__ import annotations
+    - name: mtbi-translate-de-1     unique in its file
+      task: translate_de            what it asks for; a held-out task has held-out wordings alone
+      language: [en, es]            of the utterances it fits: a code, a list of them, or "*"
+      instruction: "Say it in German."
+      origin: "our own"             paper, data set or author
+      heldout: false                kept out of training, to measure unseen wordings
+      answer: llm                   `llm` answers, or the target is the `transcript` itself
+      answer_language: de           what the answer must be in: a code, "*" for the utterance's
+                                    own, or "" for any (see `data.filters`)
+
+An instruction stands before the input, where the run's prompt has `{instruction}`. One that holds
+`{input}` itself says where the input goes, in the prompt's place (see `data.prompts`). With the
+empty instruction the LLM just answers what is said (AZeroS, 2601.06086).
+"""
 
 import hashlib
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
@@ -15,60 +32,149 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """One wording of one task."""
+    """One wording of one task; the fields are the file's."""
 
     name: str
     task: str
-    language: str
-    """Language of the utterances it fits, or `*` for any."""
+    language: str | tuple[str, ...]
     instruction: str
     heldout: bool = False
-    """Kept out of training, to measure how unseen wordings are followed."""
     origin: str = ""
+    answer: Literal["llm", "transcript"] = "llm"
+    answer_language: str = ""
+
+    def fits(self, language: str) -> bool:
+        """Whether it can be put to an utterance in `language`: "en" also fits "en_us"."""
+        own = (self.language,) if isinstance(self.language, str) else self.language
+        return any(code in ("*", language, primary(language)) for code in own)
 
 
-def load_templates(path: Path, tasks: tuple[str, ...]) -> list[Template]:
+def primary(language: str) -> str:
+    """The code without script and region: "en_us" and "en-GB" give "en"."""
+    return language.replace("_", "-").partition("-")[0].lower()
+
+
+def load_templates(path: Path, tasks: Sequence[str]) -> list[Template]:
     """The templates of `tasks` that are not held out, in the file's order.
+
+    A task may be a pattern, or several joined by "|": `translate_*|summarise`.
 
     Raises:
         TemplateError: the file is missing or malformed, or has none for one of `tasks`.
     """
+    templates = read_templates(path)
+    trained = [t for t in templates if not t.heldout]
+    for task in tasks:
+        if not any(matches(t, task) for t in trained):
+            raise TemplateError(
+                f"{path} has no template of task {task!r} to train with; "
+                f"it has {sorted({t.task for t in templates})}"
+            )
+    return [t for t in trained if any(matches(t, task) for task in tasks)]
+
+
+def matches(template: Template, task: str) -> bool:
+    """Whether the template is of a task, or of one that the pattern names."""
+    return any(fnmatchcase(template.task, pattern) for pattern in task.split("|"))
+
+
+def read_templates(path: Path) -> list[Template]:
+    """All templates of a file, those held out among them; raises `TemplateError`."""
     try:
-        rows = yaml.safe_load(Path(path).read_text())
+        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TemplateError(f"template file {path} does not exist") from None
     except yaml.YAMLError as e:
         raise TemplateError(
             f"template file {path} is not YAML: {' '.join(str(e).split())}"
         ) from None
+    numbered = enumerate(rows if isinstance(rows, list) else [rows])
+    templates = [_template(row, f"{path}: entry {number}") for number, row in numbered]
+    twice = [name for name, n in Counter(t.name for t in templates).items() if n > 1]
+    if twice:
+        raise TemplateError(f"{path}: names must be unique, but {twice} come twice")
+    return templates
+
+
+def _template(row: Any, where: str) -> Template:
     known = {f.name for f in fields(Template)}
-    templates = []
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        if not isinstance(row, dict) or not {"name", "task", "language", "instruction"} <= set(row):
-            raise TemplateError(
-                f"{path}: entry {number} must have name, task, language, instruction; found {row!r}"
-            )
-        if set(row) - known:
-            raise TemplateError(f"{path}: entry {number} has unknown {sorted(set(row) - known)}")
-        templates.append(Template(**row))
-    chosen = [t for t in templates if t.task in tasks and not t.heldout]
-    for task in tasks:
-        if not any(t.task == task for t in chosen):
-            raise TemplateError(
-                f"{path} has no template of task {task!r} to train with; "
-                f"it has {sorted({t.task for t in templates})}"
-            )
-    return chosen
+    kind: Any
+    if not isinstance(row, dict) or not {"name", "task", "language", "instruction"} <= set(row):
+        raise TemplateError(f"{where} must have name, task, language, instruction; found {row!r}")
+    if set(row) - known:
+        raise TemplateError(f"{where} has unknown {sorted(set(row) - known)}")
+    if isinstance(row["language"], list):
+        row = row | {"language": tuple(row["language"])}
+    for name, value in row.items():
+        kind = {"heldout": bool, "language": str | tuple}.get(name, str)
+        if not isinstance(value, kind):
+            # YAML reads a bare `no` (Norwegian) as False.
+            raise TemplateError(f"{where}: {name} must be quoted text, found {value!r}")
+    if row.get("answer", "llm") not in ("llm", "transcript"):
+        raise TemplateError(f"{where}: answer must be llm or transcript, found {row['answer']!r}")
+    if row["instruction"].count("{input}") > 1:
+        raise TemplateError(f"{where}: instruction may hold {{input}} once, found {row!r}")
+    return Template(**row)
 
 
-def choose(templates: list[Template], key: str, language: str, seed: int) -> Template:
-    """The template of one utterance: any that fits its language, drawn from (seed, key) alone.
+def write_templates(path: Path, templates: Sequence[Template]) -> None:
+    """Write a file that `read_templates` reads; what has its default is left out."""
+    defaults = {f.name: f.default for f in fields(Template)}
+    rows = [
+        {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(template).items()
+            if value != defaults[name]
+        }
+        for template in templates
+    ]
+    text = yaml.safe_dump(rows, allow_unicode=True, sort_keys=False, width=10_000)
+    Path(path).write_text(text, encoding="utf-8")
 
-    Raises:
-        TemplateError: none fits.
+
+class Choice:
+    """Which wordings each utterance gets: `tasks` says how many of which task or pattern.
+
+    Drawn without replacement from those that fit the utterance's language, by (seed, key) alone.
     """
-    fitting = [t for t in templates if t.language in ("*", language)]
-    if not fitting:
-        raise TemplateError(f"no template fits language {language!r} of utterance {key!r}")
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return fitting[int.from_bytes(digest, "big") % len(fitting)]
+
+    def __init__(self, templates: Sequence[Template], tasks: Mapping[str, int], seed: int):
+        self.templates = list(templates)
+        self.tasks, self._seed = dict(tasks), seed
+        self._fitting: dict[tuple[str, str], list[Template]] = {}
+
+    def of(self, key: str, language: str) -> Iterator[tuple[str, Template | None]]:
+        """(task, template) of each target, in order; None where no wording fits the language.
+
+        Raises:
+            TemplateError: a task has fewer fitting wordings than targets are asked of it.
+        """
+        for task, count in self.tasks.items():
+            fitting = self._of_task(task, language)
+            if not fitting:
+                yield from [(task, None)] * count
+                continue
+            if len(fitting) < count:
+                raise TemplateError(
+                    f"behave.tasks asks for {count} wordings of {task!r} an utterance, but only "
+                    f"{len(fitting)} fit language {language!r}; add wordings, or ask for fewer"
+                )
+            for number in _sample(len(fitting), count, f"{self._seed}/{task}/{key}"):
+                yield task, fitting[number]
+
+    def _of_task(self, task: str, language: str) -> list[Template]:
+        if (task, language) not in self._fitting:
+            self._fitting[task, language] = [
+                t for t in self.templates if matches(t, task) and t.fits(language)
+            ]
+        return self._fitting[task, language]
+
+
+def _sample(n: int, count: int, address: str) -> list[int]:
+    """`count` distinct numbers below n: the same ones for one address, in any Python."""
+    left = list(range(n))
+    for at in range(count):
+        digest = hashlib.blake2b(f"{address}/{at}".encode(), digest_size=8).digest()
+        other = at + int.from_bytes(digest, "big") % (n - at)
+        left[at], left[other] = left[other], left[at]
+    return left[:count]

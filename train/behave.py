@@ -2,73 +2,177 @@
 
     deepspeed train/behave.py configs/micro/blsp.yaml
 
-BLSP (2309.00916): the LLM continues each transcript; stage 2 then trains the adapter so that the
-LLM says the same when it hears the speech. An answer that was cut at the token limit is marked
-unfinished and carries no end of sequence, so that stage 2 does not teach to stop mid-sentence.
+Stage 2 then trains the adapter so that the LLM says the same when it hears the speech. What is
+asked, and how many targets an utterance gets, is data (see `data.templates` and `behave.tasks`):
+a continuation (BLSP, 2309.00916), many tasks (MTBI, 2505.18644; BLOOMZMMS MI, 2404.10922), no
+instruction at all, or the transcript itself (BLOOMZMMS T), for which no LLM is needed. An answer
+that was cut at the token limit is marked unfinished and carries no end of sequence, so that stage
+2 does not teach to stop mid-sentence. Answers not worth learning are marked with the reason.
 
-Each rank keeps the LLM whole and writes its own shards, so ranks never wait for each other.
-Killed anywhere, it continues with the shards that are not there yet.
+Killed anywhere, it continues: answers are on the disk as soon as their batch is done, and batches
+depend on the data alone, so that the shards come out the same to the last byte, also on another
+number of ranks. All ranks need to see `behave.output`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
 from data.archive import index_path, read_meta
+from data.convert import write_text
 from data.prompts import Prompt
 from data.shards import ShardSet, write_overlay
-from data.templates import Template, choose, load_templates
+from data.templates import Choice, load_templates
 from train import config as cfg
 from train.cli import arguments, guarded
-from train.engine import World, world
+from train.engine import World, inference, partitioned, world
 from train.feed import open_cache
 from train.model.build import DTYPES, load_decoder, load_tokenizer
-from train.model.generate import Answer, generate, to_text
+from train.model.generate import Answer, to_text
 from train.progress import Bar, bar, console
+from train.teachers.hf import Generator
+from train.teachers.journal import Answered, Journal, differences
+from train.teachers.part import Part, Question, summary
 from train.tracking import Tracker, run_tags
 
 
-class Teacher:
-    """The frozen LLM and how it is asked."""
+class Teacher(Protocol):
+    """Who answers: yields what is to be committed together, in any order."""
 
-    def __init__(self, config: cfg.Config, behave: cfg.Behave, device: torch.device):
-        self.behave, self.seed, self.device = behave, config.run.seed, device
-        self.tokenizer = load_tokenizer(config.model)
+    def answers(
+        self, batches: Sequence[Sequence[Question]], rounds: int
+    ) -> Iterator[list[Answered]]: ...
+
+
+class Stage:
+    """What stage 1 is to make, as the configuration says, on this rank."""
+
+    def __init__(self, config: cfg.Config, behave: cfg.Behave, here: World):
+        self.config, self.behave, self.here = config, behave, here
+        self.shards = ShardSet.open(list(config.data.shards), open_cache(config.data))
+        templates = load_templates(behave.templates, list(behave.tasks))
+        self.choice = Choice(templates, behave.tasks, config.run.seed)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         self.prompt = Prompt(self.tokenizer, config.prompt)
-        self.decoder = load_decoder(config.model, DTYPES[config.train.precision], device)
+        self.facts = provenance(config, behave, self.shards)
+        self.journal = Journal(behave.output, self.facts, here.rank)
+        self._teacher: Teacher | None = None
 
-    @torch.no_grad()
-    def answer(self, prompts: list[list[int]], seed: int) -> list[Answer]:
-        torch.manual_seed(seed)
-        ids = torch.tensor([i for p in prompts for i in p], device=self.device)
-        return generate(
-            self.decoder,
-            self.decoder.get_input_embeddings()(ids),
-            tuple(len(p) for p in prompts),
-            eos=int(self.tokenizer.eos_token_id),
-            max_new_tokens=self.behave.max_new_tokens,
-            temperature=self.behave.temperature,
+    def paths(self) -> list[tuple[Path, range]]:
+        """The target shards and the utterances of each."""
+        size, total = self.behave.items_per_shard, len(self.shards)
+        return [
+            (self.behave.output / f"targets-{start // size:06d}.tar",
+             range(start, min(start + size, total)))
+            for start in range(0, total, size)
+        ]  # fmt: skip
+
+    def part(self, path: Path, items: range) -> Part:
+        behave = self.behave
+        return Part(
+            path, self.shards, items, self.choice, self.prompt, behave.filters,
+            self.config.run.seed, behave.batch_size,
+        )  # fmt: skip
+
+    def teacher(self) -> Teacher:
+        """Loaded when first asked for: transcripts as targets need none. On all ranks or none."""
+        if self._teacher is None:
+            self._teacher = load_teacher(self.config, self.behave, self.here, self.tokenizer)
+        return self._teacher
+
+    def write(self, parts: Sequence[Part], shown: Bar) -> None:
+        """Make some target shards: all ranks answer, then each writes its own of them."""
+        known = self.here.broadcast({part.name: self.journal.read(part.name) for part in parts})
+        open_batches = [
+            unknown
+            for part in parts
+            for batch in part.batches
+            if (unknown := [q for q in batch if q.number not in known[part.name]])
+        ]
+        if open_batches:
+            # Dealt in turn, so that no rank has more of the long ones than the others.
+            mine = open_batches[self.here.rank :: self.here.size]
+            rounds = -(-len(open_batches) // self.here.size)
+            new: list[tuple[str, int, Answer]] = []
+            for answered in self.teacher().answers(mine, rounds):
+                self.journal.append(answered)
+                new += [(question.part, question.number, answer) for question, answer in answered]
+                shown.advance(len(answered) * self.here.size)
+            for name, number, answer in (row for rows in self.here.gather(new) for row in rows):
+                known[name][number] = answer
+        self.journal.close()
+        for part in parts[self.here.rank :: self.here.size]:
+            self._commit(part, known[part.name])
+
+    def _commit(self, part: Part, answers: dict[int, Answer]) -> None:
+        decoded = {n: to_text(self.tokenizer, answer) for n, answer in answers.items()}
+        records = list(part.records(answers, decoded))
+        write_text(filtered_path(part.path), filtered_rows(records))
+        meta = self.facts | {"counts": summary(records)}
+        write_overlay(part.path, records, meta=meta, base=self.shards)
+        self.journal.discard(part.name)
+
+
+def load_teacher(
+    config: cfg.Config, behave: cfg.Behave, here: World, tokenizer: PreTrainedTokenizerBase
+) -> Teacher:
+    """The engine that `behave.engine` names."""
+    if behave.server is not None:
+        try:
+            from train.teachers.openai import Client
+        except ModuleNotFoundError:
+            raise cfg.ConfigError(
+                "behave.engine openai needs the openai library: pip install -e '.[openai]'"
+            ) from None
+        return Client(
+            behave.server,
+            config.model.decoder.path,
+            Prompt(tokenizer, config.prompt).encode,
+            max_new_tokens=behave.max_new_tokens,
+            temperature=behave.temperature,
         )
+    dtype = DTYPES[config.train.precision]
+    if behave.sharded:
+        with partitioned(config.train):
+            decoder = load_decoder(config.model, dtype)
+        inference(decoder, config.train)
+    else:
+        decoder = load_decoder(config.model, dtype, here.device)
+    return Generator(
+        decoder,
+        tokenizer,
+        max_new_tokens=behave.max_new_tokens,
+        temperature=behave.temperature,
+        device=here.device,
+        synced=behave.sharded,
+    )
 
 
 def provenance(config: cfg.Config, behave: cfg.Behave, shards: ShardSet) -> dict[str, Any]:
     """What determines the targets; its hash is kept with every target shard."""
+    server = behave.server
     facts = {
         "teacher": config.model.decoder.path,
-        "precision": config.train.precision,
+        "engine": behave.engine,
+        "server_model": server.model if server else None,
+        "precision": config.train.precision if server is None else None,
         "prompt": config.prompt,
         "templates": hashlib.sha256(behave.templates.read_bytes()).hexdigest(),
-        "tasks": list(behave.tasks),
+        "tasks": behave.tasks,
         "max_new_tokens": behave.max_new_tokens,
         "temperature": behave.temperature,
-        "batch_size": behave.batch_size,
+        "filters": behave.filters.facts(),
+        "batch_size": behave.batch_size if server is None else None,
+        "items_per_shard": behave.items_per_shard,
         "seed": config.run.seed,
         "base": shards.digest,
     }
@@ -85,98 +189,74 @@ def is_done(path: Path, facts: dict[str, Any]) -> bool:
     index = index_path(path)
     if not index.exists():
         return False
-    found = read_meta(index)
-    if found.get("hash") != facts["hash"]:
-        changed = [k for k in facts if k != "hash" and found.get(k) != facts[k]]
+    if changed := differences(facts, read_meta(index)):
         raise cfg.ConfigError(
-            f"{path} was made with another {', '.join(changed)}; remove it, or choose another "
-            "behave.output"
+            f"{path} was made with another {changed}; remove it, or choose another behave.output"
         )
     return True
 
 
-def part(
-    teacher: Teacher, shards: ShardSet, templates: list[Template], items: range, shown: Bar
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, record) of one target shard, in the order of `items`.
+def filtered_path(path: Path) -> Path:
+    """Beside targets-000012.tar: its targets that are not trained, with the reason of each."""
+    return path.with_suffix(".filtered.jsonl")
 
-    Batches are formed by prompt length inside the part, so that they are the same whichever
-    rank does it and whenever.
-    """
-    columns = (shards.keys, shards.languages, shards.texts)
-    keys, languages, texts = (c[items.start : items.stop].to_pylist() for c in columns)
-    chosen = [
-        choose(templates, key, language, teacher.seed)
-        for key, language in zip(keys, languages, strict=True)
+
+def filtered_rows(records: list[tuple[str, dict[str, Any]]]) -> str:
+    """JSONL rows {key, task, template, filtered, text}."""
+    named = ("task", "template", "filtered", "text")
+    rows = [
+        {"key": key} | {name: target[name] for name in named}
+        for key, record in records
+        for target in record["targets"]
+        if "filtered" in target
     ]
-    prompts = [
-        teacher.prompt.with_text(t.instruction, text) for t, text in zip(chosen, texts, strict=True)
-    ]
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(items)), key=lambda j: (len(prompts[j]), j))
-    size = teacher.behave.batch_size
-    for at in range(0, len(order), size):
-        batch = order[at : at + size]
-        seed = hash((teacher.seed, items.start, at))
-        answers |= zip(batch, teacher.answer([prompts[j] for j in batch], seed), strict=True)
-        shown.advance(len(batch))
-    for j, key in enumerate(keys):
-        answer = answers[j]
-        target = {
-            "instruction": chosen[j].instruction,
-            "template": chosen[j].name,
-            "ids": list(answer.ids),
-            "text": to_text(teacher.tokenizer, answer),
-            "finished": answer.finished,
-        }
-        yield key, {"targets": [target]}
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def run(config: cfg.Config, here: World) -> None:
     behave = config.behave
     if behave is None:
         raise cfg.ConfigError("the config has no `behave` section, which stage 1 needs")
-    shards = ShardSet.open(list(config.data.shards), open_cache(config.data))
-    templates = load_templates(behave.templates, behave.tasks)
-    facts = provenance(config, behave, shards)
-    parts = [
-        (behave.output / f"targets-{start // behave.items_per_shard:06d}.tar",
-         range(start, min(start + behave.items_per_shard, len(shards))))
-        for start in range(0, len(shards), behave.items_per_shard)
-    ]  # fmt: skip
-    waiting = [(path, items) for path, items in parts if not is_done(path, facts)]
+    stage = Stage(config, behave, here)
+    paths = stage.paths()
+    done = [path for path, _ in paths if is_done(path, stage.facts)]
+    done = here.broadcast(done)  # one view of the folder for all ranks
+    waiting = [(path, items) for path, items in paths if path not in done]
     if here.rank == 0:
+        for path in done:  # a kill may have come between a shard and the end of its journal
+            stage.journal.discard(path.stem)
         console.print(
-            f"stage 1: {len(shards)} utterances, {len(templates)} wordings of "
-            f"{', '.join(behave.tasks)}; {len(parts) - len(waiting)} of {len(parts)} target "
-            "shards are there"
+            f"stage 1: {len(stage.shards)} utterances, {len(stage.choice.templates)} wordings of "
+            f"{', '.join(behave.tasks)}; {len(done)} of {len(paths)} target shards are there"
         )
+    total = sum(len(items) for _, items in waiting) * sum(behave.tasks.values())
+    with bar("answers", total, enabled=here.rank == 0 and bool(waiting)) as shown:
+        for at in range(0, len(waiting), here.size):
+            wave = [stage.part(path, items) for path, items in waiting[at : at + here.size]]
+            stage.write(wave, shown)
+            if here.rank == 0:
+                shown.advance(sum(len(p.asks) for p in wave) - sum(len(p.questions) for p in wave))
     here.barrier()
-    mine = waiting[here.rank :: here.size]
-    unfinished = empty = written = 0
-    if mine:
-        teacher = Teacher(config, behave, here.device)
-        total = sum(len(items) for _, items in mine)
-        with bar("answers", total, enabled=here.rank == 0) as shown:
-            for path, items in mine:
-                rows = list(part(teacher, shards, templates, items, shown))
-                targets = [t for _, row in rows for t in row["targets"]]
-                unfinished += sum(not t["finished"] for t in targets)
-                empty += sum(not t["ids"] for t in targets)
-                written += len(rows)
-                write_overlay(path, rows, meta=facts, base=shards)
-    counts = here.sum(written, unfinished, empty)
     if here.rank == 0 and waiting:
-        report(config, facts, [int(c) for c in counts])
+        report(config, stage.facts, [path for path, _ in paths])
 
 
-def report(config: cfg.Config, facts: dict[str, Any], counts: list[int]) -> None:
-    """Say what was made, in the terminal and as a run in the tracker."""
-    written, unfinished, empty = counts
+def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> None:
+    """Say what all target shards hold, in the terminal and as a run in the tracker."""
+    whole: Counter[str] = Counter()
+    for path in paths:
+        counts = read_meta(index_path(path))["counts"]
+        whole.update({name: counts[name] for name in ("targets", "unfinished")})
+        for group in ("tasks", "filtered"):
+            whole.update({f"{group}/{name}": n for name, n in counts[group].items()})
+    filtered = {k.partition("/")[2]: n for k, n in whole.items() if k.startswith("filtered/")}
     console.print(
-        f"stage 1: wrote {written} targets; {unfinished} cut at the token limit (no end of "
-        f"sequence), {empty} empty (skipped in stage 2)"
+        f"stage 1: {whole['targets']} targets to train, {whole['unfinished']} of them cut at the "
+        f"token limit (no end of sequence); filtered: {sum(filtered.values())}"
+        + "".join(f", {n} {reason}" for reason, n in filtered.items())
     )
+    if not whole["targets"]:
+        console.print("stage 1: nothing is left to train; look at *.filtered.jsonl for the reasons")
     tracker = Tracker(
         config.run.tracking_uri,
         config.run.experiment,
@@ -184,7 +264,12 @@ def report(config: cfg.Config, facts: dict[str, Any], counts: list[int]) -> None
         params={k: str(v) for k, v in facts.items()},
         tags=run_tags("behave"),
     )
-    tracker.values({"data/targets": written, "data/unfinished": unfinished, "data/empty": empty})
+    # MLflow takes no other characters in a metric's name.
+    named = {re.sub(r"[^\w./-]", "_", f"data/{name}"): float(n) for name, n in whole.items()}
+    tracker.values(named)
+    for path in map(filtered_path, paths):
+        if path.stat().st_size:
+            tracker.file(path, "filtered")
     tracker.close()
 
 
