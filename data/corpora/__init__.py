@@ -7,12 +7,13 @@ cannot read; it opens no audio. `READERS` has them by the name that `data.build`
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.corpora import common_voice, fleurs, gigaspeech, librispeech, manifest
+from data.corpora import common_voice, covost, fleurs, gigaspeech, librispeech, manifest
 from data.corpora.utterance import CorpusError, Fault, Utterance
 
 Reader = Callable[[Path], Iterator[Utterance | Fault]]
 READERS: dict[str, Reader] = {
     "common-voice": common_voice.read,
+    "covost": covost.read,
     "fleurs": fleurs.read,
     "gigaspeech": gigaspeech.read,
     "librispeech": librispeech.read,

@@ -46,11 +46,12 @@ def _utterance(row: dict[str, str], table: Path) -> Utterance:
     language = row.get("locale") or table.parent.name
     raw = row["sentence"]
     return Utterance(
-        audio.stem, audio, _text(raw), raw, language, row["client_id"], table.stem, extra
+        audio.stem, audio, spoken(raw), raw, language, row["client_id"], table.stem, extra
     )
 
 
-def _text(raw: str) -> str:
+def spoken(raw: str) -> str:
+    """A sentence of its tables as it was read aloud."""
     text = tidy(raw)
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1].replace('""', ""):
         text = text[1:-1]

@@ -8,6 +8,7 @@ share. The language is the locale's first part: `en` of `en_us`, `cmn` of `cmn_h
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data.corpora.tables import rows, tidy
@@ -27,9 +28,7 @@ _COLUMNS = [
 
 def read(root: Path) -> Iterator[Utterance | Fault]:
     """`root` is the folder of a locale, or one that contains some, or their `data` folder."""
-    folders = [root, *sorted(p for p in (*root.glob("*"), *root.glob("data/*")) if p.is_dir())]
-    tables = [folder / f"{split}.tsv" for folder in folders for split in _SPLITS]
-    tables = [table for table in tables if table.is_file()]
+    tables = _tables(root)
     if not tables:
         raise CorpusError(
             f"{root}: not in FLEURS's layout, expected LOCALE/{{train,dev,test}}.tsv in it"
@@ -60,3 +59,31 @@ def _read_split(table: Path) -> Iterator[Utterance | Fault]:
         }
         key, language = f"{locale}-{audio.stem}", locale.partition("_")[0]
         yield Utterance(key, audio, tidy(raw), raw, language, None, split, extra)
+
+
+def with_translations(utterances: list[Utterance], root: Path) -> list[Utterance]:
+    """The utterances, each with its sentence in the other languages as `translation_LANGUAGE`.
+
+    All tables under `root` are read for that, whether their audio is there or not.
+    """
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for table in _tables(root):
+        language = table.parent.resolve().name.partition("_")[0]
+        for _, row in rows(table, _COLUMNS):
+            if not isinstance(row, str):
+                of = texts.setdefault((table.stem, row["sentence"]), {})
+                of.setdefault(language, tidy(row["raw_transcription"]))
+    return [
+        replace(u, extra=u.extra | {
+            f"translation_{language}": text
+            for language, text in texts[u.split or "", u.extra["sentence"]].items()
+            if language != u.language
+        })
+        for u in utterances
+    ]  # fmt: skip
+
+
+def _tables(root: Path) -> list[Path]:
+    folders = [root, *sorted(p for p in (*root.glob("*"), *root.glob("data/*")) if p.is_dir())]
+    tables = [folder / f"{split}.tsv" for folder in folders for split in _SPLITS]
+    return [table for table in tables if table.is_file()]
