@@ -13,14 +13,15 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop. The second request is not waited for."""
+    """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self.by: str | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.by = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler)
+        if number == signal.SIGINT:  # pressed again, it is not waited for; SIGTERM comes twice,
+            signal.signal(number, signal.default_int_handler)  # from scheduler and launcher
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from train import config as cfg
@@ -96,7 +95,7 @@ class ExchangedTable:
     """
 
     def __init__(self, embed: nn.Embedding, partition: Partition, capacity: int):
-        # The module without its weight and without the hooks of the engine, which would gather.
+        # The module without its weight, which is what the engine would gather.
         self._embed = copy(embed)
         self._embed._parameters = {"weight": None}
         self._embed.padding_idx = None  # matters to gradients alone, and may exceed a batch
@@ -111,8 +110,9 @@ class ExchangedTable:
             self._rows = RowExchange(self._partition(self._weight), self._embed.embedding_dim)
         rows_TH = self._rows(source_T, self._capacity)
         at = torch.arange(len(source_T), device=source_T.device)
-        # Through the module, as above.
-        table = functional_call(self._embed, {"weight": rows_TH}, (at,))
+        self._embed._parameters["weight"] = cast(nn.Parameter, rows_TH)
+        # Through the module's own forward, as above, but past the hooks of the engine.
+        table = type(self._embed).forward(self._embed, at)
         return table, torch.where(source_T >= 0, at, source_T)
 
 
