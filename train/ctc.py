@@ -120,7 +120,11 @@ def _by_torch(log_p_RA: Tensor, slots: tuple[int, ...], transcripts: Transcripts
     """Sum of F.ctc_loss over the clips whose transcript fits their slots; symbol 0 is blank."""
     log_p_SCA = nn.utils.rnn.pad_sequence(list(log_p_RA.split(slots)))
     losses_C = F.ctc_loss(
-        log_p_SCA, transcripts.targets, slots, transcripts.lengths, blank=0, reduction="none"
+        log_p_SCA,
+        transcripts.targets,
+        torch.tensor(slots),
+        torch.tensor(transcripts.lengths),
+        reduction="none",
     )
     return losses_C.masked_fill(~transcripts.trained, 0.0).sum()
 
@@ -138,12 +142,14 @@ def plain_ctc(
     exact = torch.promote_types(table.dtype, torch.float32)
     log_p = (scale * (slots_RH @ output.T).to(exact)).log_softmax(-1)
     # Symbols of the compact alphabet are tokens again, one behind the blank.
-    clip_U = torch.arange(len(slots), device=table.device).repeat_interleave(
-        torch.tensor(transcripts.lengths, device=table.device)
-    )
+    lengths = torch.tensor(transcripts.lengths)
+    clip_U = torch.arange(len(slots)).repeat_interleave(lengths).to(table.device)
     tokens = transcripts.ids[clip_U, transcripts.targets - 1] + 1
     losses_C = F.ctc_loss(
         nn.utils.rnn.pad_sequence(list(log_p.split(slots))),
-        tokens, slots, transcripts.lengths, blank=0, reduction="none",
-    )  # fmt: skip
+        tokens,
+        torch.tensor(slots),
+        lengths,
+        reduction="none",
+    )
     return losses_C.masked_fill(~transcripts.trained, 0.0).sum()

@@ -85,7 +85,7 @@ class Known:
 
     def attach(self, *inputs: Tensor) -> Tensor:
         """The sums [K] as a function of `inputs`, one for each of `grads`."""
-        sums: Tensor = _Attached.apply(self.sums, self.grads, *inputs)  # type: ignore[no-untyped-call]
+        sums: Tensor = _Attached.apply(self.sums, self.grads, *inputs)
         return sums
 
 

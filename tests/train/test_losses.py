@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from data.collate import Batch, Clip, Sample, Word, collate, dummy_batch
-from data.prompts import Prompt, Text
-from data.stream import make_clip
+from data.prompts import Text
 from tests import tiny
+from tests.launch import launch
+from tests.train.losses_on_ranks import CASES, bins
+from tests.train.mix import ALL, World, gradients
 from train import config as cfg
 from train.ctc import chunked_ctc, plain_ctc
-from train.loss import Divergence, Head, alignment, chunked, mixed, plain
-from train.model.build import build, length_rule, load_tokenizer
-from train.model.encoder import Featurize
+from train.loss import Divergence, Head, alignment, chunked, counted, mixed, plain
 from train.model.head import LossHead, answer_losses, choose, prepare_head
-from train.model.speech_llm import SpeechLLM
 
 LABELS, HIDDEN, VOCABULARY = 37, 12, 101
 # Float32 sums of some hundred terms of order one, in two orders.
@@ -327,68 +327,11 @@ def test_each_loss_is_divided_by_its_own_count() -> None:
     assert sums.grad.tolist() == pytest.approx([1 / 3, 0.1, 2])
 
 
-ALL = {
-    "ce": 1.0, "kl": {"weight": 0.5, "temperature": 2.0}, "ctc": {"weight": 0.3},
-    "align": {"weight": 0.2},
-}  # fmt: skip
-
-
-class World:
-    """A tiny model and samples that every loss has something to say about."""
-
-    def __init__(self, root: Path, losses: dict[str, Any], llm: str = "llama"):
-        tiny.encoder(root / "encoder")
-        tiny.llm(root / "llm", llm)
-        config = cfg.parse(tiny.config(root) | {"losses": losses}, "tiny")
-        self.config = config
-        self.model = build(config.model, "fp32", seed=3, losses=config.losses)
-        rule = length_rule(config.model)
-        prompt = Prompt(load_tokenizer(config.model), config.prompt)
-        featurize = Featurize(config.model.encoder.path)
-        rng = np.random.default_rng(0)
-        self.samples = []
-        for n, size in enumerate([7_919, 1_009, 25_013, 16_001, 12_345]):
-            clip = make_clip(rng.normal(size=size).astype(np.float32), rule, featurize)
-            spoken = tuple(rng.integers(9, 24, size=1 + 2 * n).tolist())
-            said = prompt.answer(rng.integers(9, 24, size=2 + 3 * n).tolist(), n % 2 == 0)
-            prefix, suffix = prompt.parts("continue this")
-            half = max(1, clip.slots // 2)
-            words = (Word(0, half, spoken[:1]), Word(half, clip.slots - half, spoken[1:]))
-            self.samples.append(
-                Sample(
-                    str(n),
-                    (*prompt.with_speech("continue this", clip.slots), said),
-                    clip,
-                    (Text((*prefix, *spoken, *suffix)), said),
-                    spoken,
-                    words,
-                )
-            )
-        self.silence = make_clip(np.zeros(8_000, np.float32), rule, featurize)
-
-    def pack(self, numbers: list[int]) -> Batch:
-        return collate([self.samples[n] for n in numbers])
-
-
-def gradients(
-    model: SpeechLLM, batches: list[Batch]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sums of each loss over the batches, and the gradient of their plain sum."""
-    model.zero_grad()
-    total = torch.zeros(len(model.losses.weights))
-    for batch in batches:
-        sums = model(batch)
-        sums.sum().backward()
-        total += sums.detach()
-    assert all(p.grad is not None for p in model.trained().values())
-    return total, {n: p.grad.clone() for n, p in model.trained().items() if p.grad is not None}
-
-
 @pytest.mark.parametrize("llm", ["llama", "bloom", "gemma2"])
 def test_all_losses_packed_equal_one_by_one(tmp_path: Path, llm: str) -> None:
     world = World(tmp_path, ALL, llm)
     assert list(world.model.losses.weights) == ["ce", "kl", "ctc", "align"]
-    numbers = list(range(len(world.samples)))
+    numbers = list(range(len(world.all)))
     one_by_one = gradients(world.model, [world.pack([n]) for n in numbers])
     assert all(loss > 0 for loss in one_by_one[0])
     for order in (numbers, numbers[::-1]):
@@ -428,7 +371,7 @@ def test_each_of_a_mix_is_what_it_is_alone(tmp_path: Path) -> None:
 def test_a_teacher_that_hears_what_it_reads_has_nothing_to_teach(tmp_path: Path) -> None:
     """The shift: read what is heard, and every label's two distributions are the same."""
     world = World(tmp_path, {"ce": 0.0, "kl": {"temperature": 1.0}})
-    texts = [replace(s, document=s.read, read=s.read) for s in world.samples if s.read]
+    texts = [replace(s, document=s.read, read=s.read) for s in world.all if s.read]
     assert world.model(collate(texts)).item() == pytest.approx(0, abs=1e-4)
     other = [replace(s, document=s.read, read=(Text((1, 9)), s.read[-1])) for s in texts if s.read]
     assert world.model(collate(other)).item() > 0.1
@@ -459,11 +402,11 @@ def test_the_dummy_of_an_empty_bin_runs_every_loss_for_nothing(tmp_path: Path) -
 
 def test_what_is_read_must_have_the_labels_of_what_is_heard(tmp_path: Path) -> None:
     world = World(tmp_path, {"kl": {}})
-    sample = world.samples[0]
+    sample = world.all[0]
     with pytest.raises(ValueError, match="0: what is read has other labels"):
-        collate([replace(sample, read=world.samples[1].read)])
+        collate([replace(sample, read=world.all[1].read)])
     with pytest.raises(ValueError, match="0: has no document to read"):
-        collate([world.samples[1], replace(sample, read=None)])
+        collate([world.all[1], replace(sample, read=None)])
     with pytest.raises(ValueError, match=r"losses\.kl needs what a teacher reads"):
         world.model(collate([replace(sample, read=None)]))
 
@@ -477,3 +420,34 @@ def test_losses_that_cannot_be_are_refused(tmp_path: Path) -> None:
     tree["model"]["decoder"]["table"] = "exchange"
     with pytest.raises(cfg.ConfigError, match=r"set model\.decoder\.table: whole"):
         cfg.parse(tree | {"losses": {"ctc": {}}}, "tiny")
+
+
+# Ranks
+
+
+def on_one_plain_model(world: World) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The losses' means over all ranks' bins, and the gradient of their mix."""
+    weights, all_bins = world.config.losses.weights, list(chain(*bins(world)))
+    totals = [sum(counted(batch, name) for batch in all_bins) for name in weights]
+    sums = torch.zeros(len(weights))
+    for batch in all_bins:
+        found = world.model(batch)
+        mixed(found, list(weights.values()), totals).backward()
+        sums += found.detach()
+    means = (sums / torch.tensor(totals)).tolist()
+    gradients = {n: p.grad for n, p in world.model.trained().items() if p.grad is not None}
+    return dict(zip(weights, means, strict=True)), gradients
+
+
+def test_two_ranks_with_a_bin_that_says_nothing_equal_one_plain_model(tmp_path: Path) -> None:
+    World(tmp_path, ALL, "gemma2")  # makes what the ranks load: a tied head, capped logits
+    launch("tests/train/losses_on_ranks.py", tmp_path, ranks=2)
+    for case, (losses, train) in CASES.items():
+        means, gradients = on_one_plain_model(World(tmp_path, losses, "gemma2", train))
+        found = torch.load(tmp_path / f"{case}.pt")
+        assert found["means"] == pytest.approx(means, rel=1e-5)
+        assert found["gradients"].keys() == gradients.keys()
+        for name, expected in gradients.items():
+            # Rounded at the scale of the tensor's largest element, not of each.
+            atol = 2e-5 * expected.abs().max().item()
+            torch.testing.assert_close(found["gradients"][name], expected, rtol=1e-4, atol=atol)
