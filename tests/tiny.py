@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import soundfile
 import torch
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     PreTrainedTokenizerFast,
-    Wav2Vec2Config,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertProcessor,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
@@ -84,34 +88,73 @@ def llm(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
+# Families whose front end is convolutions over the waveform: 20 ms frames.
+_WAVEFORM = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+    "conv_dim": (16,) * 3, "conv_kernel": (10, 8, 4), "conv_stride": (8, 8, 5),
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0,
+}  # fmt: skip
+# The large sizes normalise each frame; the base sizes each channel over the whole clip.
+_LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+_BASE = {"do_stable_layer_norm": False, "feat_extract_norm": "group"}
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2": ("wav2vec2", _WAVEFORM | _LARGE),
+    "wav2vec2-base": ("wav2vec2", _WAVEFORM | _BASE),
+    "mms": ("wav2vec2", _WAVEFORM | _LARGE | {"adapter_attn_dim": 4}),
+    "hubert": ("hubert", _WAVEFORM | _LARGE),
+    "hubert-base": ("hubert", _WAVEFORM | _BASE),
+    "wavlm": ("wavlm", _WAVEFORM | _LARGE),
+    "wavlm-base": ("wavlm", _WAVEFORM | _BASE),
+    "wav2vec2-bert": (
+        "wav2vec2-bert",
+        {
+            "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 32, "feature_projection_input_dim": 160, "pad_token_id": 0,
+            "conv_depthwise_kernel_size": 5,
+        },
+    ),
+}  # fmt: skip
+
+
 def encoder(folder: Path, kind: str = "wav2vec2", seed: int = 0) -> Path:
-    """A speech encoder folder of the MMS kind (20 ms frames) or of the Whisper kind."""
+    """A speech encoder folder: of `ENCODERS`, with a CTC head, or of the Whisper kind."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "wav2vec2":
-        letters = {
-            c: i for i, c in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])
-        }
-        (folder / "vocab.json").write_text(json.dumps(letters))
-        ctc = Wav2Vec2CTCTokenizer(folder / "vocab.json", pad_token="<pad>", unk_token="<unk>")
+    if kind == "whisper":
+        config = WhisperConfig(
+            vocab_size=64, d_model=24, encoder_layers=2, decoder_layers=1,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )  # fmt: skip
+        WhisperForConditionalGeneration(config).save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+        return folder
+    letters = {c: i for i, c in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])}
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    ctc = Wav2Vec2CTCTokenizer(folder / "vocab.json", pad_token="<pad>", unk_token="<unk>")
+    family, shape = ENCODERS[kind]
+    if family == "wav2vec2-bert":
+        Wav2Vec2BertProcessor(SeamlessM4TFeatureExtractor(), ctc).save_pretrained(folder)
+    else:
         extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
         Wav2Vec2Processor(extractor, ctc).save_pretrained(folder)
-        config = Wav2Vec2Config(
-            vocab_size=len(letters), hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=32, conv_dim=(16,) * 3, conv_kernel=(10, 8, 4), conv_stride=(8, 8, 5),
-            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True,
-            feat_extract_norm="layer", pad_token_id=0,
-        )  # fmt: skip
-        Wav2Vec2ForCTC(config).save_pretrained(folder)
-        return folder
-    config = WhisperConfig(
-        vocab_size=64, d_model=24, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=16,
-        max_source_positions=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1,
-    )  # fmt: skip
-    WhisperForConditionalGeneration(config).save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+    config = AutoConfig.for_model(family, vocab_size=len(letters), **shape)
+    AutoModelForCTC.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def language_adapters(folder: Path, languages: Sequence[str]) -> Path:
+    """Give an encoder of the kind `mms` random adapters, stored as transformers stores them."""
+    model = Wav2Vec2ForCTC.from_pretrained(folder)
+    for seed, language in enumerate(languages, 1):
+        torch.manual_seed(seed)
+        weights = {
+            name: torch.randn_like(p) / p.shape[-1] ** 0.5
+            for name, p in model._get_adapters().items()
+        }
+        save_file(weights, folder / f"adapter.{language}.safetensors")
     return folder
 
 

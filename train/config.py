@@ -55,7 +55,7 @@ class LoRA(Section):
     """Low-rank updates of a pretrained part (2106.09685), by peft; trained, and checkpointed."""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: int = Field(16, ge=1)
     """The updates are scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Last names of the linear layers to update; none for the usual ones of the model's family."""
@@ -285,6 +285,9 @@ class Evaluate(Section):
         "shuffled",
         "none",
     )
+    recogniser: str | None = None
+    """Hub name or folder of the model that transcribes for `cascade`; None takes the encoder's
+    own CTC head (Wav2Vec2/MMS) or decoder (Whisper)."""
     max_new_tokens: int = Field(64, ge=1)
     num_beams: int = Field(1, ge=1)
     """1 decodes greedily; a batch has so many rows less."""

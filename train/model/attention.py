@@ -52,7 +52,7 @@ def per_document(
     """
     documents = [t[0].transpose(0, 1).split(packing.lengths) for t in (q, k, v)]
     outs: list[torch.Tensor | None] = [None] * len(packing.lengths)
-    for group in _alike(packing.lengths):
+    for group in alike(packing.lengths):
         lengths = [packing.lengths[i] for i in group]
         # Padded at the end: causal attention never looks there, so it needs no mask.
         q_DhLd, k_DhLd, v_DhLd = (
@@ -81,7 +81,7 @@ def per_document(
     return torch.cat([out for out in outs if out is not None]).transpose(0, 1)[None]
 
 
-def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
+def alike(lengths: tuple[int, ...]) -> list[list[int]]:
     """Document numbers in groups of like length: one call for many short documents.
 
     In a group no document is shorter than three quarters of the longest, so padding costs at most

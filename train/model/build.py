@@ -15,13 +15,14 @@ from transformers import (
 )
 
 from train import config as cfg
-from train.model import attention
-from train.model.adapter import ConvAdapter, conv_geometry
-from train.model.encoder import SpeechEncoder, front_end
+from train.model import adapters, attention
+from train.model.encoder import LayerSum, SpeechEncoder, front_end
 from train.model.lengths import LengthRule
+from train.model.lora import add_lora
 from train.model.speech_llm import (
     ExchangedTable,
     Gathered,
+    LiveTable,
     Partition,
     SpeechEmbeddings,
     SpeechLLM,
@@ -39,7 +40,7 @@ def length_rule(model: cfg.Model) -> LengthRule:
     """The clip-length arithmetic of a configuration, without loading weights."""
     return LengthRule(
         front_end(model.encoder.path, model.trust_remote_code),
-        conv_geometry(model.adapter.kernel, model.adapter.strides),
+        adapters.geometry(model.adapter),
     )
 
 
@@ -63,7 +64,7 @@ def load_tokenizer(model: cfg.Model) -> PreTrainedTokenizerBase:
 def load_decoder(
     model: cfg.Model, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """The frozen LLM, with its packed mode."""
+    """The LLM, with its packed mode; frozen."""
     decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code
     )
@@ -85,6 +86,7 @@ def build(
     gathered: Gathered = whole,
     partition: Partition | None = None,
     capacity: int = 0,
+    losses: cfg.Losses | None = None,
 ) -> SpeechLLM:
     """Pretrained encoder and decoder, and a new adapter that `seed` alone determines.
 
@@ -96,29 +98,40 @@ def build(
         partition: see `Partition`; without it (the model is not partitioned) the text table is
             whole, whatever the configuration says.
         capacity: LLM positions of the largest batch, for a table that is exchanged.
+        losses: what training computes; the cross entropy alone where None.
     """
     dtype = DTYPES[precision]
-    encoder = SpeechEncoder(model.encoder.path, dtype, model.trust_remote_code).to(device)
-    with partitioned or nullcontext():
-        decoder = load_decoder(model, dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapter = ConvAdapter(
-            encoder.width,
-            decoder.config.hidden_size,
-            kernel=model.adapter.kernel,
-            strides=model.adapter.strides,
-            bottleneck=model.adapter.bottleneck,
-            impl=model.ops,
-        )
-    exchanged = None
-    if partition is not None and model.decoder.table == "exchange":
-        embed = cast(nn.Embedding, decoder.get_input_embeddings())
-        exchanged = ExchangedTable(embed, partition, capacity)
-    embeddings = SpeechEmbeddings(decoder, gathered, model.ops, exchanged)
+        encoder = SpeechEncoder.load(model.encoder, dtype, model.trust_remote_code)
+        encoder = encoder.to(device)
+    with partitioned or nullcontext():
+        decoder = load_decoder(model, dtype)
+    hidden = decoder.config.hidden_size
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapter = adapters.make(model.adapter, encoder.width, hidden, model.ops).to(dtype)
+        if model.decoder.lora is not None:
+            add_lora(decoder, model.decoder.lora, "model.decoder.lora")
+    if model.decoder.train == "full":
+        decoder.requires_grad_(True)
+    weighted = model.encoder.layers == "weighted"
+    layer_sum = LayerSum(encoder.num_layers).to(dtype) if weighted else None
+    embed = cast(nn.Embedding, decoder.get_input_embeddings())
+    lookup: ExchangedTable | LiveTable | None = None
+    if model.decoder.train == "full":
+        lookup = LiveTable(embed)
+    elif partition is not None and model.decoder.table == "exchange":
+        lookup = ExchangedTable(embed, partition, capacity)
+    embeddings = SpeechEmbeddings(decoder, gathered, model.ops, lookup)
     speech_llm = SpeechLLM(
-        encoder, adapter, decoder, embeddings, sharded_encoder=model.encoder.sharded
+        encoder,
+        adapter,
+        decoder,
+        embeddings.to(dtype),
+        layer_sum=layer_sum,
+        sharded_encoder=model.encoder.sharded,
+        losses=losses,
+        seed=seed,
     )
-    adapter.to(dtype)
-    embeddings.to(dtype)
     return speech_llm.to(device) if partitioned is None else speech_llm

@@ -37,7 +37,7 @@ class Segments:
         for length in lengths:
             starts.append(row)
             row += length
-        return cls._of(starts, lengths, row, device)
+        return cls.at(starts, lengths, row, device)
 
     @classmethod
     def padded(
@@ -50,16 +50,17 @@ class Segments:
                     f"lengths[{index}] must be at most pitch = {pitch}, but is {length}."
                 )
         starts = [index * pitch for index in range(len(lengths))]
-        return cls._of(starts, lengths, len(starts) * pitch, device)
+        return cls.at(starts, lengths, len(starts) * pitch, device)
 
     @classmethod
-    def _of(
+    def at(
         cls,
         starts: Sequence[int],
         lengths: Sequence[int],
         rows: int,
         device: torch.device | str,
     ) -> Segments:
+        """Sequences that start at these rows, of `rows` in all."""
         for index, length in enumerate(lengths):
             if length < 0:
                 raise ValueError(f"lengths[{index}] must not be negative, but is {length}.")

@@ -1,24 +1,20 @@
-"""Adapters: encoder frames in, LLM slots out.
-
-Shapes: N rows of encoder frames, R rows of slots (all clips' slots one after another), C
-encoder channels, H LLM width. The adapter's last LayerNorm is not here: `SpeechEmbeddings`
-applies it while it places the slots among the text tokens, in one op.
-"""
+"""BLSP's adapter (2309.00916). Shapes: see `train.model.adapters`."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from train import config as cfg
 from train.model.lengths import Conv
 from train.ops import Segments, ragged_conv1d
 from train.ops.library import Impl
 from train.ops.ragged_conv1d import Activation
 
 
-def conv_geometry(kernel: int, strides: tuple[int, ...]) -> tuple[Conv, ...]:
-    """The adapter's convolutions as length arithmetic (padding keeps `length / stride`)."""
-    return tuple(Conv(kernel, stride, kernel // 2) for stride in strides)
+def geometry(adapter: cfg.ConvAdapter) -> tuple[Conv, ...]:
+    """The convolutions as length arithmetic (padding keeps `length / stride`)."""
+    return tuple(Conv(adapter.kernel, s, adapter.kernel // 2) for s in adapter.strides)
 
 
 class RaggedConv(nn.Module):
@@ -50,33 +46,23 @@ class RaggedConv(nn.Module):
 
 
 class ConvAdapter(nn.Module):
-    """BLSP's adapter (2309.00916): strided convolutions with GLU, then a residual bottleneck.
+    """Strided convolutions with GLU, then a residual bottleneck.
 
     The convolutions keep the encoder's width but for the last, which goes to the LLM's.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        *,
-        kernel: int,
-        strides: tuple[int, ...],
-        bottleneck: int,
-        impl: Impl = "auto",
-    ):
+    def __init__(self, adapter: cfg.ConvAdapter, channels: int, hidden: int, impl: Impl = "auto"):
         super().__init__()
-        self.geometry = conv_geometry(kernel, strides)
-        widths = [channels] * (len(strides) - 1) + [hidden]
+        self.geometry = geometry(adapter)
+        widths = [channels] * (len(self.geometry) - 1) + [hidden]
         self.convs = nn.ModuleList(
-            RaggedConv(channels, width, geometry, "glu", impl)
-            for width, geometry in zip(widths, self.geometry, strict=True)
+            RaggedConv(channels, width, conv, "glu", impl)
+            for width, conv in zip(widths, self.geometry, strict=True)
         )
-        self.down = nn.Linear(hidden, bottleneck, bias=False)
-        self.up = nn.Linear(bottleneck, hidden, bias=False)
+        self.down = nn.Linear(hidden, adapter.bottleneck, bias=False)
+        self.up = nn.Linear(adapter.bottleneck, hidden, bias=False)
 
     def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """Slots [R, H] of the clips whose frames `segments` finds in `x_NC` [N, C]."""
         for conv, g in zip(self.convs, self.geometry, strict=True):
             x_NC = conv(x_NC, segments)
             segments = segments.conv(g.kernel, g.stride, g.padding)
