@@ -88,7 +88,14 @@ class Evaluation:
         self._measured = set(clips[::step]) if evaluate.states else set()
         self.transcriber = None
         if "cascade" in evaluate.inputs:
-            self.transcriber = Transcriber(config.model.encoder.path, responder.device)
+            encoder = config.model.encoder
+            own = evaluate.recogniser is None
+            self.transcriber = Transcriber(
+                evaluate.recogniser or encoder.path,
+                responder.device,
+                encoder.languages if own else None,
+                config.model.trust_remote_code,
+            )
 
     def results(self, clips: list[int], shown: Bar) -> tuple[list[Result], list[Measured]]:
         """Answers to all questions about `clips`, and distances of states for some of them.
@@ -117,10 +124,12 @@ class Evaluation:
         """Clip → kind of input → what the LLM gets."""
         wanted = dict.fromkeys([*clips, *(self._other[i] for i in clips if self._other)])
         waves = {i: self._wave(i) for i in wanted}
-        slots = dict(zip(wanted, self.responder.listen(list(waves.values())), strict=True))
+        spoken = {i: self.shards.languages[i].as_py() for i in wanted}
+        listened = self.responder.listen(list(waves.values()), tuple(spoken.values()))
+        slots = dict(zip(wanted, listened, strict=True))
         heard: list[str] = []
         if self.transcriber:
-            heard = self.transcriber([waves[i] for i in clips])
+            heard = self.transcriber([waves[i] for i in clips], [spoken[i] for i in clips])
         made: dict[int, dict[str, str | torch.Tensor]] = {}
         for at, i in enumerate(clips):
             made[i] = {"speech": slots[i], "text": self._texts[i], "none": ""}

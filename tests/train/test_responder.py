@@ -19,11 +19,16 @@ from train.model.respond import Question, Responder
 
 
 @pytest.fixture(scope="module")
-def responder(tmp_path_factory: pytest.TempPathFactory) -> Responder:
+def config(tmp_path_factory: pytest.TempPathFactory) -> cfg.Config:
     root = tmp_path_factory.mktemp("responder")
     tiny.encoder(root / "encoder")
     tiny.llm(root / "llm")
-    return Responder(cfg.parse(tiny.config(root, train__precision="fp32"), "test"), None)
+    return cfg.parse(tiny.config(root, train__precision="fp32"), "test")
+
+
+@pytest.fixture(scope="module")
+def responder(config: cfg.Config) -> Responder:
+    return Responder(config, None)
 
 
 def alone(model: torch.nn.Module, prompt: list[int], option: list[int], eos: int) -> float:
@@ -117,3 +122,13 @@ def test_states_do_not_depend_on_batch_mates_and_see_input_and_instruction(
     with torch.no_grad():
         plain = responder.model.decoder.get_decoder()(torch.tensor([ids]), use_cache=False)
     torch.testing.assert_close(together[2], plain.last_hidden_state[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_only_a_loss_trained_is_left_out(config: cfg.Config, responder: Responder) -> None:
+    weights = {name: p + 1 for name, p in responder.model.trained().items()}
+    extra = weights | {"ctc.blank": torch.zeros(32)}
+    loaded = Responder(config, extra)
+    for name, p in loaded.model.trained().items():
+        assert torch.equal(p, weights[name])
+    with pytest.raises(ValueError, match=r"only in the checkpoint \['other'\]"):
+        Responder(config, weights | {"other": torch.zeros(1)})

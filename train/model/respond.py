@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from data.prompts import Prompt
 from train import config as cfg
 from train.model.attention import Packing, set_packed
-from train.model.build import build, length_rule, load_tokenizer
+from train.model.build import build, length_rule, load_tokenizer, whole
 from train.model.encoder import Featurize
 from train.model.generate import generate, to_text
 from train.model.options import OptionScore, score_options
+from train.model.speech_llm import Gathered
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,22 @@ class Responder:
         )
         self.model.eval()
         if weights is not None:
-            load_trained(self.model, weights)
+            # What only a loss has trained (the blank of embedding-CTC) answers nothing.
+            said = {name: w for name, w in weights.items() if not name.startswith("ctc.")}
+            load_trained(self.model, said)
         self.rule = length_rule(config.model)
         self.tokenizer = load_tokenizer(config.model)
         self.prompt = Prompt(self.tokenizer, config.prompt)
         self._featurize = Featurize(config.model.encoder.path)
 
     @torch.no_grad()
-    def listen(self, waves: list[np.ndarray]) -> list[torch.Tensor]:
+    def listen(
+        self, waves: list[np.ndarray], languages: tuple[str, ...] = ()
+    ) -> list[torch.Tensor]:
         """Slots [R_i, H] of each waveform (float32 mono 16 kHz).
 
+        Args:
+            languages: each clip's, for an encoder with per-language adapters.
         Raises:
             ValueError: a clip is too short to fill one slot.
         """
@@ -67,7 +74,7 @@ class Responder:
         padded = pad_sequence([f.movedim(-1, 0) for f in features], batch_first=True)
         padded = padded.movedim(1, -1).to(self.device)
         frames = tuple(int(self.rule.frames(n)) for n in samples)
-        return list(self.model.listen(padded, samples, frames).split(slots))
+        return list(self.model.listen(padded, samples, frames, languages).split(slots))
 
     @torch.no_grad()
     def answer(
@@ -133,9 +140,13 @@ class Responder:
         return inputs_TH, tuple(lengths)
 
 
-def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_trained(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], writable: Gathered = whole
+) -> None:
     """Copy a checkpoint's weights into `model`'s trained parameters, rounding to their dtype.
 
+    Args:
+        writable: makes partitioned parameters whole, one by one, and keeps what is written.
     Raises:
         ValueError: the two do not name the same parameters, or their shapes differ.
     """
@@ -146,11 +157,11 @@ def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
             f"checkpoint and model differ: only in the checkpoint {sorted(extra)}, only in the "
             f"model {sorted(missing)}"
         )
-    with torch.no_grad():
-        for name, p in params.items():
+    for name, p in params.items():
+        with torch.no_grad(), writable([p]):
             if p.shape != weights[name].shape:
                 raise ValueError(
                     f"checkpoint and model differ: {name} is {tuple(weights[name].shape)} in the "
-                    f"checkpoint, {tuple(p.shape)} in the model; check model.adapter"
+                    f"checkpoint, {tuple(p.shape)} in the model; check the `model` section"
                 )
             p.copy_(weights[name])
