@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -111,13 +112,13 @@ class Evaluation:
         ]
         free = [a for a in asked if set(a[0].metrics) - set(CHOICES)]
         closed = [a for a in asked if set(a[0].metrics) & set(CHOICES)]
-        said, chosen = self._answers(free), self._choices(closed)
+        said, chosen = self._answers(free, shown), self._choices(closed)
         results = [
             Result(item, kind, said.get(_name(a)), chosen.get(_name(a)))
             for a in asked
             for item, kind, _ in (a,)
         ]
-        shown.advance(len(results))
+        shown.advance(len(asked) - len(free))
         return results, self._distances(clips, inputs)
 
     def _inputs(self, clips: list[int]) -> dict[int, dict[str, str | torch.Tensor]]:
@@ -142,20 +143,22 @@ class Evaluation:
     def _wave(self, i: int) -> np.ndarray:
         return decode(self.shards.read(i, "flac"), max_seconds=self.max_seconds)
 
-    def _answers(self, asked: list[Asked]) -> dict[tuple[str, ...], str]:
+    def _answers(self, asked: list[Asked], shown: Bar) -> dict[tuple[str, ...], str]:
         # Answers of like length end together, so little of a batch is spent on waiting.
         asked = sorted(asked, key=lambda a: (len(a[0].answer), *_name(a)))
-        first = _distinct(asked)
-        questions = [a[2] for a in first.values()]
+        first, askings = _distinct(asked), Counter(map(_same, asked))
+        names = list(first)
         size = max(1, self.evaluate.batch_size // self.evaluate.num_beams)
-        answers: list[str] = []
-        for start in range(0, len(questions), size):
-            answers += self.responder.answer(
-                questions[start : start + size],
+        of: dict[tuple, str] = {}
+        for start in range(0, len(names), size):
+            batch = names[start : start + size]
+            answers = self.responder.answer(
+                [first[name][2] for name in batch],
                 max_new_tokens=self.evaluate.max_new_tokens,
                 num_beams=self.evaluate.num_beams,
             )
-        of = dict(zip(first, answers, strict=True))
+            of |= zip(batch, answers, strict=True)
+            shown.advance(sum(askings[name] for name in batch))
         return {_name(a): of[_same(a)] for a in asked}
 
     def _choices(self, asked: list[Asked]) -> dict[tuple[str, ...], str]:

@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="run.output, or a checkpoint in it")
     parser.add_argument("audio", type=Path, nargs="+", help="recordings")
     parser.add_argument("--instruction", required=True, help="what to do with what is heard")
+    parser.add_argument(
+        "--language", default="", help="of the recordings, for model.encoder.languages"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -57,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     rule = length_rule(config.model)
     waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
     responder = Responder(config, found.weights, args.device)
-    questions = [Question(args.instruction, slots) for slots in responder.listen(waves)]
+    heard = responder.listen(waves, (args.language,) * len(waves))
+    questions = [Question(args.instruction, slots) for slots in heard]
     for answer in responder.answer(questions, max_new_tokens=args.max_new_tokens):
         print(answer)
 

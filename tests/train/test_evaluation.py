@@ -68,6 +68,8 @@ def questions(shards: ShardSet) -> dict[str, list[Item]]:
             repeat,
             replace(repeat, instruction="repeat", wording="unseen"),
             Item(key, "pet", "en", "this", "seen", "cat", ("accuracy", "exact"), ("cat", "a dog")),
+            # The same words, with something else to choose from.
+            Item(key, "size", "en", "this", "seen", "old", ("f1",), ("old", "new", "red")),
         ]
     return found
 
@@ -81,11 +83,14 @@ def evaluation(config: cfg.Config, responder: Responder, shards: ShardSet) -> Ev
 
 @pytest.fixture(scope="module")
 def answered(evaluation: Evaluation) -> tuple[list[Result], list[Measured]]:
-    return evaluation.results(list(range(9)), Bar("", 0, enabled=False))
+    shown = Bar("", 0, enabled=False)
+    found = evaluation.results(list(range(9)), shown)
+    assert shown.done == len(found[0])
+    return found
 
 
 def by_name(results: list[Result]) -> dict[tuple[str, str, str], Result]:
-    return {(r.item.key, r.item.instruction, r.input): r for r in results}
+    return {(r.item.key, r.item.task + r.item.instruction, r.input): r for r in results}
 
 
 def test_every_question_is_put_with_every_input_of_the_default(
@@ -94,10 +99,10 @@ def test_every_question_is_put_with_every_input_of_the_default(
     assert config.evaluate is not None
     assert config.evaluate.inputs == INPUTS
     results, _ = answered
-    assert len(results) == len(by_name(results)) == 9 * 3 * len(INPUTS)
+    assert len(results) == len(by_name(results)) == 9 * 4 * len(INPUTS)
     for r in results:
         assert (r.choice in r.item.options) if r.item.options else r.choice is None
-        assert r.answer is not None
+        assert (r.answer is None) == (r.item.task == "size")
 
 
 def test_answers_and_choices_are_those_of_each_question_alone(
@@ -107,10 +112,13 @@ def test_answers_and_choices_are_those_of_each_question_alone(
     for r in answered[0][::4]:
         i = shards.keys.to_pylist().index(r.item.key)
         question = Question(r.item.instruction, heard[i][r.input])
-        assert evaluation.responder.answer([question], max_new_tokens=4) == [r.answer]
+        if r.answer is not None:
+            assert evaluation.responder.answer([question], max_new_tokens=4) == [r.answer]
         if r.item.options:
             (scores,) = evaluation.responder.score([question], [r.item.options])
-            best = max(range(2), key=lambda n: scores[n].log_probability / scores[n].tokens)
+            best = max(
+                range(len(scores)), key=lambda n: scores[n].log_probability / scores[n].tokens
+            )
             assert r.choice == r.item.options[best]
 
 
@@ -139,7 +147,7 @@ def test_no_input_is_the_same_whatever_the_utterance(
 ) -> None:
     said: dict[str, set[str | None]] = defaultdict(set)
     for r in answered[0]:
-        if r.input == "none":
+        if r.input == "none" and r.answer is not None:
             said[r.item.instruction].add(r.answer)
     assert {len(answers) for answers in said.values()} == {1}
     texts = {r.answer for r in answered[0] if r.input == "text" and r.item.task == "repeat"}
@@ -155,9 +163,9 @@ def test_states_are_measured_for_some_utterances_against_their_text(
     assert {metric for _, metric in found} == {
         "state_cosine", "state_l2", "instruction_match", "instruction_cosine",
     }  # fmt: skip
-    assert len(found["speech", "state_cosine"]) == 3 * 3
+    assert len(found["speech", "state_cosine"]) == 3 * 4
     assert ("text", "state_cosine") not in found
-    assert len(found["text", "instruction_cosine"]) == 3 * 3
+    assert len(found["text", "instruction_cosine"]) == 3 * 4
 
 
 def test_distances_are_what_they_are_called() -> None:

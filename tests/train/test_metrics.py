@@ -8,7 +8,7 @@ import pytest
 import sacrebleu
 from sklearn.metrics import f1_score
 
-from train.metrics import METRICS, Mean, metric, score
+from train.metrics import METRICS, Mean, _resampled, metric, score
 
 REFERENCES = [
     "The old dog sees a new house.",
@@ -108,6 +108,7 @@ def test_resampling_is_by_utterance_and_seeded() -> None:
     by = Mean("share", "test")
     values = [1.0, 0.0] * 20
     alone = score(by, Mean.of(values), [str(n) for n in range(40)], 500)
+    _resampled.cache_clear()
     again = score(by, Mean.of(values), [str(n) for n in range(40)], 500)
     assert (alone.low, alone.high) == (again.low, again.high)
     # Each utterance answered twice, alike: no more evidence than half of the items.

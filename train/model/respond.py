@@ -148,19 +148,21 @@ def load_trained(
     Args:
         writable: makes partitioned parameters whole, one by one, and keeps what is written.
     Raises:
-        ValueError: the two do not name the same parameters, or their shapes differ.
+        ConfigError: the two do not name the same parameters, or their shapes differ.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # The blank of a CTC loss is nothing to a model that was built without that loss.
+    weights = {n: w for n, w in weights.items() if n in params or not n.startswith("ctc.")}
     if params.keys() != weights.keys():
         extra, missing = weights.keys() - params.keys(), params.keys() - weights.keys()
-        raise ValueError(
+        raise cfg.ConfigError(
             f"checkpoint and model differ: only in the checkpoint {sorted(extra)}, only in the "
             f"model {sorted(missing)}"
         )
     for name, p in params.items():
         with torch.no_grad(), writable([p]):
             if p.shape != weights[name].shape:
-                raise ValueError(
+                raise cfg.ConfigError(
                     f"checkpoint and model differ: {name} is {tuple(weights[name].shape)} in the "
                     f"checkpoint, {tuple(p.shape)} in the model; check the `model` section"
                 )
