@@ -106,6 +106,10 @@ class Prompt:
         """Token ids of a piece of text, no special tokens added."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
     def encode_words(
         self, texts: Sequence[str], words: Sequence[Sequence[tuple[int, int]]]
     ) -> list[Spelling]:

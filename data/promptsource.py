@@ -62,6 +62,9 @@ class _Transcript:
     def __getitem__(self, at: object) -> Any:
         raise Unfit("cuts the transcript, or takes a part of it")
 
+    def __bool__(self) -> bool:
+        return True  # no transcript is empty
+
     def __len__(self) -> int:
         raise Unfit("counts the transcript")
 
@@ -94,6 +97,7 @@ def read_promptsource(
     language: str | None = None,
     task: str | None = None,
     field: str | None = None,
+    known: Sequence[Template] = (),
 ) -> tuple[list[Template], list[Refused]]:
     """The usable templates of one file, and the others with the reason.
 
@@ -101,6 +105,7 @@ def read_promptsource(
         language: of the utterances they fit; None takes the templates' own, where it is one.
         task: None takes the data set's name.
         field: the Jinja variable that is the transcript; None takes the only one of a prompt.
+        known: what other files had; wordings are not repeated, nor are names.
 
     Raises:
         TemplateError: it is no such file.
@@ -117,7 +122,7 @@ def read_promptsource(
     dataset = "/".join(str(tree[part]) for part in ("dataset", "subset") if tree.get(part))
     taken: list[Template] = []
     refused: list[Refused] = []
-    seen: dict[tuple[str, str], str] = {}
+    seen = {(t.instruction, t.language): t.name for t in known}
     for number, raw in tree["templates"].items():
         name = f"{dataset}/{raw.get('name', number) if isinstance(raw, dict) else number}"
         try:
@@ -131,7 +136,9 @@ def read_promptsource(
         seen[instruction, code] = name
         origin = f"PromptSource {dataset} {number}"
         taken.append(
-            Template(_unique(name, taken), task or dataset, code, instruction, origin=origin)
+            Template(
+                _unique(name, [*known, *taken]), task or dataset, code, instruction, origin=origin
+            )
         )
     return taken, refused
 
@@ -251,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for path in args.source:
             more, faulty = read_promptsource(
-                path, language=args.language, task=args.task, field=args.field
+                path, language=args.language, task=args.task, field=args.field, known=taken
             )
             taken += more
             refused += faulty

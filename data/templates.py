@@ -2,7 +2,8 @@
 
     - name: mtbi-translate-de-1     unique in its file
       task: translate_de            what it asks for; a held-out task has held-out wordings alone
-      language: [en, es]            of the utterances it fits: a code, a list of them, or "*"
+      language: [en, es]            of the utterances it fits: a code, a list of them, "*" for all,
+                                    or "!de" for all but one
       instruction: "Say it in German."
       origin: "our own"             paper, data set or author
       heldout: false                kept out of training, to measure unseen wordings
@@ -46,7 +47,10 @@ class Template:
     def fits(self, language: str) -> bool:
         """Whether it can be put to an utterance in `language`: "en" also fits "en_us"."""
         own = (self.language,) if isinstance(self.language, str) else self.language
-        return any(code in ("*", language, primary(language)) for code in own)
+        codes = (language, primary(language))
+        return any(
+            code[1:] not in codes if code.startswith("!") else code in ("*", *codes) for code in own
+        )
 
 
 def primary(language: str) -> str:

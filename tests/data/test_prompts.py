@@ -2,10 +2,12 @@
 
 import pickle
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data.collate import Clip, Sample, lay_out
 from data.prompts import Prompt, Speech, Text
 from tests.data.made import ByteTokenizer
 
@@ -40,7 +42,37 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     )
 
 
-KINDS = {"bytes": ByteTokenizer, "bpe": byte_level_bpe, "sentencepiece": sentencepiece_like}
+def sentencepiece_bpe() -> PreTrainedTokenizerFast:
+    """BPE over U+2581 pieces with bytes for what it has not seen, as Llama 2 and Mistral have."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kind = trainers.BpeTrainer(vocab_size=360, special_tokens=specials)
+    inner.train_from_iterator(WORDS * 20, kind)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.decoder = decoders.WordPiece()
+    kind = trainers.WordPieceTrainer(vocab_size=150, special_tokens=["<unk>", "</s>"])
+    inner.train_from_iterator(WORDS * 20, kind)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+
+
+KINDS = {
+    "bytes": ByteTokenizer,
+    "bpe": byte_level_bpe,
+    "sentencepiece": sentencepiece_like,
+    "sentencepiece_bpe": sentencepiece_bpe,
+    "wordpiece": wordpiece,
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -68,6 +100,56 @@ def test_labels_are_the_answer_and_nothing_else(tokenizer) -> None:
     assert not any(part.labelled for part in prompt.with_speech("x", 2) if isinstance(part, Text))
 
 
+# Prompt and answer that a tokenizer would merge across the seam, were they one text.
+SEAMS = [("the bri", "dge"), ("und", "er a bridge"), ("over ", "the bridge"), ("über", "all, ja!")]
+
+
+@pytest.mark.parametrize(("end", "answer"), SEAMS)
+def test_labelled_positions_decode_to_the_answer(tokenizer, end: str, answer: str) -> None:
+    """Through the packed layout, read and heard: what is predicted is the answer and its end."""
+    prompt = Prompt(tokenizer, "the user: {instruction} {input} " + end)
+    ids = prompt.encode(answer)
+    clip = Clip(np.zeros(800, np.float32), 800, 5, 3)
+    heard = (*prompt.with_speech("over", 3), prompt.answer(ids, finished=True))
+    read = (Text(tuple(prompt.with_text("over", "the user"))), prompt.answer(ids, finished=False))
+    layout = lay_out([heard, read], [Sample("a", heard, clip), Sample("b", read, clip)])
+    first = layout.cu_seqlens[1] - 1
+    labels = [
+        layout.label_ids[layout.label_rows < first].tolist(),
+        layout.label_ids[layout.label_rows >= first].tolist(),
+    ]
+    assert labels == [[*ids, tokenizer.eos_token_id], ids]
+    if hasattr(tokenizer, "decode"):
+        said = [tokenizer.decode(found, skip_special_tokens=True).strip() for found in labels]
+        assert said == [answer, answer]
+    # Each label is predicted by the position before it; the first one by the prompt's last.
+    assert layout.source[layout.label_rows + 1].tolist() == layout.label_ids.tolist()
+    at = int(layout.label_rows[0])
+    assert layout.source[at] == prompt.parts("over")[1][-1]
+
+
+def test_the_seams_would_merge() -> None:
+    """What the test above would miss, were its seams harmless: one text gives other tokens."""
+    for kind in (byte_level_bpe, sentencepiece_like, sentencepiece_bpe, wordpiece):
+        prompt = Prompt(kind(), "{input}")
+        assert any(
+            prompt.encode(end + answer) != prompt.encode(end) + prompt.encode(answer)
+            for end, answer in SEAMS
+        )
+
+
+def test_an_instruction_may_say_where_the_input_goes(tokenizer) -> None:
+    for template in (TEMPLATE, "<user> {input}\n: {instruction} <assistant>"):
+        prompt = Prompt(tokenizer, template)
+        assert prompt.halves('is "{input}" good?') == ('<user> is "', '" good? <assistant>')
+        before, after = prompt.parts("say {input} over")
+        heard = prompt.with_speech("say {input} over", 4)
+        assert (heard[0].ids, heard[2].ids) == (before, after)
+    for template in ("{input}", "{instruction} {input} {instruction}"):
+        with pytest.raises(ValueError, match="do not fit"):
+            Prompt(tokenizer, template).parts("say {input} over")
+
+
 def test_bos_only_where_the_tokenizer_adds_it() -> None:
     assert Prompt(ByteTokenizer(), TEMPLATE).with_text("a", "b").count(1) == 1
     assert Prompt(ByteTokenizer(), TEMPLATE).with_text("a", "b")[0] == 1
@@ -76,11 +158,11 @@ def test_bos_only_where_the_tokenizer_adds_it() -> None:
     assert bpe.decode(Prompt(bpe, TEMPLATE).with_text("a", "b")) == "<user> a : b <assistant>"
 
 
-def test_braces_in_instructions_are_text() -> None:
+def test_other_braces_in_instructions_are_text() -> None:
     prompt = Prompt(ByteTokenizer(), TEMPLATE)
-    before, after = prompt.parts("{input} {x}")
+    before, after = prompt.parts("{in put} {x}")
     assert (
-        bytes(i - 3 for i in (*before[1:], *after)).decode() == "<user> {input} {x} :  <assistant>"
+        bytes(i - 3 for i in (*before[1:], *after)).decode() == "<user> {in put} {x} :  <assistant>"
     )
 
 
