@@ -1,7 +1,8 @@
 """DeepSpeed, wrapped: the only file that imports it.
 
-What it is asked to do here: keep the decoder partitioned (ZeRO-3), accumulate and reduce the
-gradients of what is trained in float32, and update float32 masters. What it is kept from doing:
+What it is asked to do here: keep the decoder partitioned (ZeRO-3; below that it is whole on every
+rank), accumulate and reduce the gradients of what is trained in float32, and update float32
+masters. What it is kept from doing:
 divide the loss (the caller has divided by the step's label count), schedule, checkpoint.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -98,9 +103,7 @@ class World:
     @contextmanager
     def watched(self, limit: float) -> Iterator[Watchdog]:
         """A watchdog over this rank, inside the context; see `train.watchdog`."""
-        watchdog = Watchdog(
-            dist.distributed_c10d._get_default_store(), self.rank, self.size, limit
-        )
+        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), self.rank, self.size, limit)
         try:
             yield watchdog
         finally:
@@ -126,7 +129,7 @@ def policy(train: cfg.Train) -> dict[str, Any]:
     """DeepSpeed's own file, checked.
 
     Raises:
-        ConfigError: missing, no JSON, repeats what the YAML says, or asks for another stage.
+        ConfigError: missing, no JSON, repeats what the YAML says, or has no stage.
     """
     path = train.engine
     try:
@@ -143,9 +146,22 @@ def policy(train: cfg.Train) -> dict[str, Any]:
     if '"auto"' in json.dumps(tree):
         raise cfg.ConfigError(f'train.engine: {path} holds "auto"; write the value')
     stage = tree.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise cfg.ConfigError(f"train.engine: {path}: stage must be 3, found {stage}")
+    if stage not in (0, 1, 2, 3):
+        raise cfg.ConfigError(
+            f"train.engine: {path}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage!r}"
+        )
+    if stage == 0 and train.precision == "bf16":
+        raise cfg.ConfigError(
+            f"train.engine: {path}: DeepSpeed's stage 0 cannot accumulate bf16's gradients in "
+            "float32; use stage 1, which costs no more, or train.precision fp32"
+        )
     return tree
+
+
+def stage_of(train: cfg.Train) -> int:
+    """The ZeRO stage; 3 alone partitions the model's own weights."""
+    stage: int = policy(train)["zero_optimization"]["stage"]
+    return stage
 
 
 def ds_config(train: cfg.Train, accumulation: int) -> dict[str, Any]:
@@ -161,9 +177,13 @@ def ds_config(train: cfg.Train, accumulation: int) -> dict[str, Any]:
     }
 
 
+def partitioned(train: cfg.Train) -> AbstractContextManager[None]:
+    """Models that transformers loads inside are born partitioned over the ranks, in stage 3."""
+    return _born_partitioned(train) if stage_of(train) == 3 else nullcontext()
+
+
 @contextmanager
-def partitioned(train: cfg.Train) -> Iterator[None]:
-    """Models that transformers loads inside are born partitioned over the ranks."""
+def _born_partitioned(train: cfg.Train) -> Iterator[None]:
     # transformers keeps only a weak reference, so this one must live as long as the loading.
     keep = HfDeepSpeedConfig(ds_config(train, 1))
     try:
@@ -184,6 +204,11 @@ def gathered(params: list[nn.Parameter]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(params)
 
 
+def rewritten(params: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Like `gathered`; what rank 0 writes inside is kept, on all ranks."""
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=0)
+
+
 def partition(param: Any) -> torch.Tensor:
     """This rank's flat part of a partitioned parameter, padded at the end of the last rank's."""
     part: torch.Tensor = param.ds_tensor
@@ -191,7 +216,7 @@ def partition(param: Any) -> torch.Tensor:
 
 
 class Engine:
-    """One model under ZeRO-3 with AdamW on what is trained."""
+    """One model under ZeRO with AdamW on what is trained."""
 
     def __init__(self, model: SpeechLLM, train: cfg.Train, here: World, accumulation: int):
         self.here, self.accumulation = here, accumulation
@@ -234,19 +259,22 @@ class Engine:
         """Clip, update, clear the gradients; returns the gradient's norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        norm = None
+        if self._optimizer is self._adam():  # stage 0 in float32, where DeepSpeed keeps no norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._params.values()])
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
         """Float32 masters of what is trained, whole, on the CPU. A collective."""
-        return {n: self._whole(p, safe_get_local_fp32_param(p)) for n, p in self._params.items()}
+        return {name: self._get(p) for name, p in self._params.items()}
 
     @torch.no_grad()
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments as `moment/name`, whole, on the CPU. A collective."""
         return {
-            f"{moment}/{name}": self._whole(p, safe_get_local_optimizer_state(p, moment))
+            f"{moment}/{name}": self._get(p, moment)
             for moment in MOMENTS
             for name, p in self._params.items()
         }
@@ -260,17 +288,63 @@ class Engine:
         The model itself must already hold `weights` (rounded to its own precision) when the
         engine is made; here the float32 masters get the bits that rounding dropped.
         """
-        for flat in self._optimizer.fp32_partitioned_groups_flat:
-            self._optimizer.optimizer.state[flat] = {
+        for master in self._masters():
+            self._adam().state[master] = {
                 "step": torch.tensor(float(step)),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+                **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # finds the states just made
         for name, p in self._params.items():
-            safe_set_local_fp32_param(p, self._mine(p, weights[name]))
+            self._set(p, weights[name])
             for moment in MOMENTS:
-                safe_set_local_optimizer_state(
-                    p, self._mine(p, moments[f"{moment}/{name}"]), moment
-                )
+                self._set(p, moments[f"{moment}/{name}"], moment)
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed's own one wraps, if it does."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _masters(self) -> list[torch.Tensor]:
+        """What `_adam` updates on this rank; each kind of wrapper has its own name for it."""
+        for name in (
+            "fp32_partitioned_groups_flat",  # stage 3
+            "single_partition_of_fp32_groups",  # stages 1 and 2
+            "fp32_groups_flat_partition",  # stage 0 in bf16
+        ):
+            if hasattr(self._optimizer, name):
+                return list(getattr(self._optimizer, name))
+        return list(self._params.values())  # stage 0 in float32: a plain optimizer
+
+    def _get(self, p: Any, moment: str | None = None) -> torch.Tensor:
+        """One parameter's master, or one of its moments, whole, on the CPU. A collective."""
+        if hasattr(p, "ds_id"):
+            mine = safe_get_local_optimizer_state(p, moment) if moment else None
+            return self._whole(p, safe_get_local_fp32_param(p) if mine is None else mine)
+        if hasattr(p, "_hp_mapping"):
+            full = safe_get_full_optimizer_state(p, moment) if moment else None
+            full = safe_get_full_fp32_param(p) if full is None else full
+        else:
+            full = self._adam().state[p][moment] if moment else p
+        return full.detach().cpu().clone()
+
+    def _set(self, p: Any, value: torch.Tensor, moment: str | None = None) -> None:
+        """The inverse of `_get`; not a collective."""
+        if hasattr(p, "ds_id"):
+            mine = self._mine(p, value)
+            if moment:
+                safe_set_local_optimizer_state(p, mine, moment)
+            else:
+                safe_set_local_fp32_param(p, mine)
+        elif hasattr(p, "_hp_mapping"):
+            value = value.to(self.here.device)
+            if moment:
+                safe_set_full_optimizer_state(p, value, moment)
+            else:
+                safe_set_full_fp32_param(p, value)
+        elif moment:
+            self._adam().state[p][moment].copy_(value)
+        else:
+            p.copy_(value)
 
     def _whole(self, p: Any, mine: torch.Tensor) -> torch.Tensor:
         """Join the ranks' equal slices of a flattened parameter; the last one may be padded."""

@@ -17,7 +17,16 @@ from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import arguments, guarded
 from train.dryrun import dry_run
-from train.engine import Engine, World, gathered, partition, partitioned, world
+from train.engine import (
+    Engine,
+    World,
+    gathered,
+    partition,
+    partitioned,
+    rewritten,
+    stage_of,
+    world,
+)
 from train.feed import open_feed
 from train.loop import Trainer
 from train.model.build import build
@@ -83,6 +92,7 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         if here.rank == 0:
             console.print(f"{found.path} has all {config.train.steps} steps; nothing to do")
         return
+    stage = stage_of(config.train)
     model = build(
         config.model,
         config.train.precision,
@@ -90,12 +100,12 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         device=here.device,
         partitioned=partitioned(config.train),
         gathered=gathered,
-        partition=partition,
+        partition=partition if stage == 3 else None,
         capacity=config.data.tokens_per_bin,
         losses=config.losses,
     )
     if found is not None:
-        load_trained(model, found.weights)
+        load_trained(model, found.weights, rewritten)
     accumulation = math.ceil(config.data.bins_per_step / here.size)
     engine = Engine(model, config.train, here, accumulation)
     if found is not None:
@@ -105,7 +115,7 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         where = f"from {found.path}" if found else "from the start"
         console.print(
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
-            f"{config.train.precision}, ZeRO-3, {feed.describe()}, {where}"
+            f"{config.train.precision}, ZeRO-{stage}, {feed.describe()}, {where}"
         )
     trainer = Trainer(config, here, engine, feed, found, tracker, run_id)
     try:

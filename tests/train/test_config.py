@@ -58,7 +58,7 @@ def test_resolved_config_parses_to_itself(tmp_path: Path) -> None:
     [
         ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1}', "gradient_clipping"),
         ('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}', "auto"),
-        ('{"zero_optimization": {"stage": 2}}', "stage must be 3"),
+        ('{"zero_optimization": {"stage": 4}}', "stage must be 0, 1, 2 or 3, found 4"),
         ("{", "is not JSON"),
     ],
 )
@@ -66,6 +66,13 @@ def test_engine_policy_holds_policy_alone(tmp_path: Path, text: str, said: str) 
     (tmp_path / "ds.json").write_text(text)
     tree = tiny.config(tmp_path, train__engine=str(tmp_path / "ds.json"))
     with pytest.raises(cfg.ConfigError, match=said):
+        policy(cfg.parse(tree, "tiny").train)
+
+
+def test_stage_0_does_not_round_accumulated_gradients(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 0}}')
+    tree = tiny.config(tmp_path, train__engine=str(tmp_path / "ds.json"), train__precision="bf16")
+    with pytest.raises(cfg.ConfigError, match="use stage 1"):
         policy(cfg.parse(tree, "tiny").train)
 
 
