@@ -98,6 +98,7 @@ class Stage:
             for batch in part.batches
             if (unknown := [q for q in batch if q.number not in known[part.name]])
         ]
+        shown.advance(sum(len(part.asks) for part in parts) - sum(map(len, open_batches)))
         if open_batches:
             # Dealt in turn, so that no rank has more of the long ones than the others.
             mine = open_batches[self.here.rank :: self.here.size]
@@ -234,14 +235,14 @@ def run(config: cfg.Config, here: World) -> None:
         for at in range(0, len(waiting), here.size):
             wave = [stage.part(path, items) for path, items in waiting[at : at + here.size]]
             stage.write(wave, shown)
-            if here.rank == 0:
-                shown.advance(sum(len(p.asks) for p in wave) - sum(len(p.questions) for p in wave))
     here.barrier()
-    if here.rank == 0 and waiting:
-        report(config, stage.facts, [path for path, _ in paths])
+    said = behave.output / "summary.json"
+    if here.rank == 0 and (waiting or not said.exists()):
+        whole = report(config, stage.facts, [path for path, _ in paths])
+        write_text(said, json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
-def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> None:
+def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> dict[str, int]:
     """Say what all target shards hold, in the terminal and as a run in the tracker."""
     whole: Counter[str] = Counter()
     for path in paths:
@@ -271,6 +272,7 @@ def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> None
         if path.stat().st_size:
             tracker.file(path, "filtered")
     tracker.close()
+    return dict(whole)
 
 
 def main(argv: list[str] | None = None) -> None:

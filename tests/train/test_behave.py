@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import mlflow
 import pytest
 import yaml
 
@@ -305,6 +306,15 @@ def test_what_is_filtered_is_listed_and_not_trained(workspace: Workspace, tmp_pa
     counts = read_meta(tmp_path / "t/targets-000000.parquet")["counts"]
     assert counts["filtered"] == {"speech rate": len(fast)}
     assert counts["targets"] == 40 - len(fast)
+    said = json.loads((tmp_path / "t/summary.json").read_text())
+    assert said["filtered/speech rate"] == len(fast)
+    assert said["tasks/continue"] == said["targets"] == 40 - len(fast)
+    client = mlflow.MlflowClient(config.run.tracking_uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    (newest, *_) = client.search_runs([experiment.experiment_id])  # the last one started
+    assert newest.data.metrics["data/filtered/speech_rate"] == len(fast)
+    listed = client.list_artifacts(newest.info.run_id, "filtered")
+    assert [Path(file.path).name for file in listed] == ["targets-000000.filtered.jsonl"]
 
     config = cfg.load(workspace.config("left"), [f"data.targets=['{tmp_path}/t/targets-*.tar']"])
     stream = open_feed(config).stream

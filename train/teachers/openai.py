@@ -1,8 +1,8 @@
 """The teacher on a server: any that completes prompts as OpenAI's API does, such as vLLM's.
 
 The prompt is sent as text and the answer comes back as text, which the run's own tokenizer turns
-into ids: these need not be the ones that the server generated, and the seams of the prompt are the
-server's tokenizer's. Where the targets must be the LLM's tokens exactly, the `hf` engine is right.
+into ids: these need not be the ones that the server generated (special tokens have no text), and
+the seams of the prompt are the server's tokenizer's. Where the targets must be the LLM's tokens exactly, the `hf` engine is right.
 Answers are committed one by one, each as it comes. Sampling is seeded per target, but only the
 server decides whether its batches change what it says.
 """
@@ -68,10 +68,12 @@ class Client:
             }
             for done in as_completed(asked):
                 yield [(asked[done], done.result())]
-        finally:
+        except BaseException:
             # Requests that wait to be tried again find the client closed, and end.
-            pool.shutdown(wait=False, cancel_futures=True)
             self._client.close()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, question: Question) -> Answer:
         try:
