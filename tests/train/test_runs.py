@@ -204,16 +204,14 @@ def test_a_step_runs_the_fused_ops_and_none_of_the_padded_path(
     def padded(events: list[dict[str, Any]]) -> list[str]:
         """Dense convolutions with the adapter's kernels, and rows placed by masks."""
         dense = [[out, channels, taps] for out, taps, channels in kernels]
-        found = []
-        for event in events:
-            dims = event["args"].get("Input Dims", [])
-            if event["name"] == "aten::masked_scatter":
-                found.append(event["name"])
-            elif event["name"] == "aten::where" and dims[0][1:] == [1]:  # of whole rows
-                found.append(event["name"])
-            elif "convolution" in event["name"] and len(dims) > 1 and dims[1] in dense:
-                found.append(event["name"])
-        return found
+
+        def is_padded(event: dict[str, Any]) -> bool:
+            name, dims = event["name"], event["args"].get("Input Dims", [])
+            whole_rows = name == "aten::where" and dims[0][1:] == [1]
+            convolved = "convolution" in name and len(dims) > 1 and dims[1] in dense
+            return name == "aten::masked_scatter" or whole_rows or convolved
+
+        return [event["name"] for event in events if is_padded(event)]
 
     fused, reference = profile_of(workspace, "fused"), profile_of(workspace, "reference")
     names = {e["name"] for e in fused}
