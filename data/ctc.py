@@ -101,9 +101,7 @@ class Aligner:
             raise Unaligned(f"no word can be spelled with the model's alphabet: {text[:60]!r}")
         labels, words = self._labels(text, spans, spelled)
         needed = len(labels) + int((np.diff(labels) == 0).sum())
-        if self._frames(len(wave)) < needed:
-            raise Unaligned(f"too short: {self._frames(len(wave))} frames for {needed} labels")
-        log_probs_1TC = self._log_probs(wave)
+        log_probs_1TC = self._log_probs(wave, needed)
         targets = torch.tensor([labels], dtype=torch.int32)
         path, scores = forced_align(log_probs_1TC, targets, blank=self._blank)
         found = merge_tokens(path[0], scores[0].exp(), self._blank)
@@ -165,17 +163,19 @@ class Aligner:
             words += [number] * len(letters)
         return labels, words
 
-    def _frames(self, samples: int) -> int:
-        """Frames that the model makes of a waveform, by its own arithmetic where it has one."""
-        own = getattr(self._model, "_get_feat_extract_output_lengths", None)
-        return int(own(torch.tensor(samples))) if own else samples // 320
-
     @torch.inference_mode()
-    def _log_probs(self, wave: np.ndarray) -> torch.Tensor:
-        """float32 [1, T, C + 1]; anything has probability 1 everywhere."""
+    def _log_probs(self, wave: np.ndarray, needed: int) -> torch.Tensor:
+        """float32 [1, T, C + 1], T at least `needed`; anything has probability 1 everywhere."""
         inputs = self._extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt")
-        name = self._extractor.model_input_names[0]
-        logits = self._model(inputs[name].to(self._device)).logits.float().cpu()
+        features = inputs[self._extractor.model_input_names[0]]
+        frames = features.shape[1]
+        if features.ndim == 2:  # a waveform, of which the model's convolutions need enough
+            frames = int(self._model._get_feat_extract_output_lengths(torch.tensor(frames)))
+        if frames >= needed:
+            logits = self._model(**inputs.to(self._device)).logits.float().cpu()
+            frames = logits.shape[1]
+        if frames < needed:
+            raise Unaligned(f"too short: {max(0, frames)} frames for {needed} labels")
         anything = torch.zeros(*logits.shape[:-1], 1)
         return torch.cat([logits.log_softmax(-1), anything], dim=-1)
 
