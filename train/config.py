@@ -222,7 +222,7 @@ class Behave(Section):
 
     templates: Path
     """YAML list of wordings, see `data.templates`."""
-    tasks: dict[str, Annotated[int, Field(ge=1)]] = {"continue": 1}
+    tasks: dict[str, Annotated[int, Field(ge=1)]] = Field({"continue": 1}, min_length=1)
     """How many targets an utterance gets of which task, each with another wording; a list of
     tasks gives one each. A task may be a pattern: `{repeat: 1, "mi_*|summarise": 2}`. Stage 2
     trains one of an utterance's targets per epoch, in turn: n epochs train n targets, all of
@@ -266,6 +266,9 @@ class Train(Section):
     clip: float = Field(1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     engine: Path = Path("configs/ds/zero3.json")
+    init: Path | None = None
+    """Run or checkpoint whose trained weights this run begins with, as the stage before it
+    (BLOOMZMMS: `losses.ctc` alone, then `ce`). Moments, schedule and data begin anew."""
     checkpoint_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""

@@ -152,9 +152,12 @@ def chunked(
             else:
                 assert kl is not None
                 assert teacher_LH is not None
-                teacher_nV = head.shaped(head.raw(teacher_LH[part]))
-                loss, grad_nV = _divergence(logits_nV, teacher_nV, kl, backward)
-                del teacher_nV
+                teacher_nV = head.shaped(head.raw(teacher_LH[part])).div_(kl.temperature)
+                # In place where they are not needed again: it is the last loss of the chunk.
+                divide = torch.div if head.softcap is not None else Tensor.div_
+                student_nV = divide(logits_nV, kl.temperature)
+                loss, grad_nV = _divergence(student_nV, teacher_nV, kl.top_k, backward)
+                del student_nV, teacher_nV
             sums[k] += loss
             if d_hidden is None:
                 continue
@@ -164,6 +167,9 @@ def chunked(
                 d_head[0][k] += grad_nV.T @ hidden_LH[part]
             if len(d_head) > 1:
                 d_head[1][k] += grad_nV.sum(0, dtype=torch.float32)
+    if kl is not None and d_hidden is not None:
+        for grad in (d_hidden, *d_head):
+            grad[-1] /= kl.temperature
     return Known(sums.float(), () if d_hidden is None else (d_hidden, *d_head))
 
 
@@ -177,23 +183,26 @@ def _cross_entropy(logits_nV: Tensor, ids: Tensor, backward: bool) -> tuple[Tens
 
 
 def _divergence(
-    logits_nV: Tensor, teacher_nV: Tensor, kl: Divergence, backward: bool
+    student_nV: Tensor, teacher_nV: Tensor, top_k: int | None, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the rows' KL(teacher‖student), and its gradient."""
-    log_q = F.log_softmax(logits_nV / kl.temperature, -1)
-    if kl.top_k is None or kl.top_k >= teacher_nV.shape[1]:
-        log_p = F.log_softmax(teacher_nV / kl.temperature, -1)
-        p = log_p.exp()
+    """Sum of the rows' KL(teacher‖student), and its gradient of the student's logits.
+
+    Both are divided by the temperature already; the teacher's are overwritten.
+    """
+    log_q = F.log_softmax(student_nV, -1)
+    if top_k is None or top_k >= teacher_nV.shape[1]:
+        log_p = F.log_softmax(teacher_nV, -1)
+        p = torch.exp(log_p, out=teacher_nV)
         loss = torch.linalg.vecdot(p, log_p.sub_(log_q)).sum(dtype=torch.float64)
         if backward:
-            log_q.exp_().sub_(p).div_(kl.temperature)
+            log_q.exp_().sub_(p)
         return loss, log_q
-    top, ids = teacher_nV.topk(kl.top_k, -1)
-    log_p = F.log_softmax(top / kl.temperature, -1)
+    top, ids = teacher_nV.topk(top_k, -1)
+    log_p = F.log_softmax(top, -1)
     p = log_p.exp()
     loss = torch.linalg.vecdot(p, log_p - log_q.gather(1, ids)).sum(dtype=torch.float64)
     if backward:
-        log_q.exp_().scatter_add_(1, ids, -p).div_(kl.temperature)
+        log_q.exp_().scatter_add_(1, ids, -p)
     return loss, log_q
 
 

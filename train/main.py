@@ -106,6 +106,8 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
     )
     if found is not None:
         load_trained(model, found.weights, rewritten)
+    elif config.train.init is not None:
+        load_trained(model, ckpt.find(config.train.init).weights, rewritten)
     accumulation = math.ceil(config.data.bins_per_step / here.size)
     engine = Engine(model, config.train, here, accumulation)
     if found is not None:

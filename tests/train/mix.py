@@ -57,20 +57,29 @@ class Samples:
         return collate([self.all[n] for n in numbers])
 
 
-def config(root: Path, losses: dict[str, Any], train: str = "none") -> cfg.Config:
+def config(
+    root: Path, losses: dict[str, Any], train: str = "none", lora: bool = False
+) -> cfg.Config:
     """Of models that `World` has made under `root`; without clipping, which would hide a scale."""
     tree = tiny.config(root, train__clip=1e9) | {"losses": losses}
-    tree["model"]["decoder"]["train"] = train
+    tree["model"]["decoder"] |= {"train": train, "lora": {} if lora else None}
     return cfg.parse(tree, "tiny")
 
 
 class World(Samples):
     """The samples, and a model that is not partitioned."""
 
-    def __init__(self, root: Path, losses: dict[str, Any], llm: str = "llama", train: str = "none"):
+    def __init__(
+        self,
+        root: Path,
+        losses: dict[str, Any],
+        llm: str = "llama",
+        train: str = "none",
+        lora: bool = False,
+    ):
         tiny.encoder(root / "encoder")
         tiny.llm(root / "llm", llm)
-        self.config = config(root, losses, train)
+        self.config = config(root, losses, train, lora)
         self.model = build(self.config.model, "fp32", seed=3, losses=self.config.losses)
         super().__init__(self.config)
 

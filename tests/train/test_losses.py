@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from data.align import main as align
 from data.collate import Batch, Clip, Sample, Word, collate, dummy_batch
 from data.prompts import Text
 from tests import tiny
 from tests.launch import launch
+from tests.train.conftest import STEPS, Workspace
 from tests.train.losses_on_ranks import CASES, bins
 from tests.train.mix import ALL, World, gradients
 from train import config as cfg
@@ -377,6 +380,16 @@ def test_a_teacher_that_hears_what_it_reads_has_nothing_to_teach(tmp_path: Path)
     assert world.model(collate(other)).item() > 0.1
 
 
+def test_the_teacher_is_the_llm_without_its_updates(tmp_path: Path) -> None:
+    world = World(tmp_path, {"ce": 0.0, "kl": {"temperature": 1.0}}, lora=True)
+    texts = collate([replace(s, document=s.read) for s in world.all if s.read])
+    assert world.model(texts).item() == pytest.approx(0, abs=1e-4)  # LoRA begins as nothing
+    for name, parameter in world.model.decoder.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert world.model(texts).item() > 0.1
+
+
 def test_a_loss_that_is_off_costs_nothing(tmp_path: Path) -> None:
     def calls(losses: dict[str, Any]) -> int:
         world = World(tmp_path, losses)
@@ -451,3 +464,38 @@ def test_two_ranks_with_a_bin_that_says_nothing_equal_one_plain_model(tmp_path: 
             # Rounded at the scale of the tensor's largest element, not of each.
             atol = 2e-5 * expected.abs().max().item()
             torch.testing.assert_close(found["gradients"][name], expected, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.slow
+def test_every_loss_trains_through_the_launcher_and_hands_on_to_the_next_stage(
+    workspace: Workspace,
+) -> None:
+    root = workspace.root
+    assert align([str(root / "shards"), str(root / "words"), "--model", str(root / "encoder")]) == 0
+    words = {"data__words": [str(root / "words")], "train__schedule": "constant"}
+    mix = ("--set", f"losses={json.dumps(ALL)}")
+    for ranks in (1, 2):
+        launch("train/main.py", workspace.config(f"mix-{ranks}", **words), *mix, ranks=ranks)
+    cut = workspace.config("mix-cut", **words)
+    launch("train/main.py", cut, *mix, "--set", "train.steps=5", ranks=2)
+    launch("train/main.py", cut, *mix, ranks=2)
+    for name in ("loss", *ALL):
+        alone, shared, resumed = (
+            [value for _, value in workspace.curve(f"mix-{run}", f"train/{name}")]
+            for run in (1, 2, "cut")
+        )
+        assert resumed == shared
+        # Another order of summation, fed back by Adam over the steps.
+        assert alone == pytest.approx(shared, rel=1e-3), name
+        assert len(shared) == STEPS
+    # Embedding-CTC alone, then cross entropy from where it ended.
+    stage = ("--set", "losses={ce: 0.0, ctc: {}}")
+    launch("train/main.py", workspace.config("ctc", **words), *stage, ranks=2)
+    spelled = [value for _, value in workspace.curve("ctc", "train/ctc")]
+    assert sum(spelled[-3:]) < 0.95 * sum(spelled[:3])
+    second = workspace.config("after-ctc", train__init=str(root / "ctc"), train__lr=1e-9)
+    launch("train/main.py", second, "--set", "train.steps=1", ranks=2)
+    before, after = workspace.checkpoint("ctc").weights, workspace.checkpoint("after-ctc").weights
+    assert before.keys() - after.keys() == {"ctc.blank"}
+    for name, weight in after.items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)

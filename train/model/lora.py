@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,6 +58,20 @@ def add_lora(model: PreTrainedModel, settings: cfg.LoRA, where: str) -> None:
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.to(model.dtype)
+
+
+@contextmanager
+def without_updates(model: nn.Module) -> Iterator[None]:
+    """The pretrained model inside the context: its updates, if it has any, do nothing."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        # Not peft's `enable_adapters`, which also switches their gradients off and on.
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def lora_modules(model: nn.Module) -> nn.ModuleDict:

@@ -22,7 +22,7 @@ from train.model.attention import Packing, set_packed
 from train.model.draws import drawn_for
 from train.model.encoder import LayerSum, SpeechEncoder
 from train.model.head import answer_losses, prepare_head
-from train.model.lora import lora_modules
+from train.model.lora import lora_modules, without_updates
 from train.ops import RowExchange, Segments, pack_embeddings
 from train.ops.library import Impl
 
@@ -270,7 +270,7 @@ class SpeechLLM(nn.Module):
         if kl is not None:
             assert batch.read is not None
             # Before the pass that is trained: hooks and attention are left as that one needs them.
-            with torch.no_grad():
+            with torch.no_grad(), without_updates(self.decoder):
                 teacher_LH = self._decode(rows["read"].detach(), batch.read)
         return answer_losses(
             self.decoder,
