@@ -63,6 +63,11 @@ class Stage:
         self.choice = Choice(templates, behave.tasks, config.run.seed)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.model)
         self.prompt = Prompt(self.tokenizer, config.prompt)
+        for template in templates:
+            try:
+                self.prompt.halves(template.instruction)
+            except ValueError as error:
+                raise cfg.ConfigError(f"{behave.templates}: {template.name}: {error}") from None
         self.facts = provenance(config, behave, self.shards)
         self.journal = Journal(behave.output, self.facts, here.rank)
         self._teacher: Teacher | None = None

@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import yaml
 from data.archive import ShardError, read_meta
 from data.shards import Overlay, ShardSet
 from tests.launch import launch, start
-from tests.solo import Solo
+from tests.ranks import Solo, on_threads
 from tests.train.conftest import Workspace
 from train import behave
 from train import config as cfg
@@ -28,6 +28,7 @@ from train.engine import World
 from train.feed import open_feed
 from train.model.build import load_tokenizer
 from train.teachers.hf import Generator
+from train.teachers.part import Question
 
 LIMIT = 6  # behave.max_new_tokens of the tiny config
 
@@ -59,17 +60,21 @@ def targets(workspace: Workspace) -> Overlay:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Addresses of the questions that were generated, in order."""
-    found: list[str] = []
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Question]]:
+    """The batches that were generated, in order."""
+    found: list[list[Question]] = []
     generate = Generator._generate
 
     def counted(self: Generator, batch: Any) -> Any:
-        found.extend(question.address for question in batch)
+        found.append(list(batch))
         return generate(self, batch)
 
     monkeypatch.setattr(Generator, "_generate", counted)
     return found
+
+
+def addresses(batches: list[list[Question]]) -> list[str]:
+    return [question.address for batch in batches for question in batch]
 
 
 def test_every_utterance_has_an_answer(targets: Overlay) -> None:
@@ -114,14 +119,30 @@ def test_one_rank_and_two_write_the_same_bytes(workspace: Workspace, tmp_path: P
     assert digests(tmp_path / "t") == digests(workspace.root / "targets")
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3, 5])
-def test_stopped_after_some_batches_it_asks_only_the_others(
-    workspace: Workspace, tmp_path: Path, asked: list[str], batches: int
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_batches_are_the_same_on_any_number_of_ranks(
+    workspace: Workspace, tmp_path: Path, batches: list[list[Question]], size: int
 ) -> None:
-    """40 questions in shards of 16, 16 and 8, in batches of 4."""
+    changes = ["behave.batch_size=3", "behave.temperature=1", "behave.items_per_shard=8"]
+    run(stage(workspace, tmp_path / "one", *changes))
+    alone, batches[:] = list(batches), []
+    for earlier, later in pairwise(alone):
+        if earlier[0].part == later[0].part:
+            assert max(len(q.ids) for q in earlier) <= min(len(q.ids) for q in later)
+    config = stage(workspace, tmp_path / "many", *changes)
+    on_threads(size, lambda here: behave.run(config, here))
+    assert sorted(map(str, batches)) == sorted(map(str, alone))
+    assert digests(tmp_path / "many") == digests(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("done", "size"), [(1, 1), (2, 3), (3, 2), (5, 1), (6, 4)])
+def test_stopped_after_some_batches_it_asks_only_the_others(
+    workspace: Workspace, tmp_path: Path, batches: list[list[Question]], done: int, size: int
+) -> None:
+    """40 questions in shards of 16, 16 and 8, in batches of 4; it goes on with `size` ranks."""
     whole = stage(workspace, tmp_path / "whole", "behave.batch_size=4", "behave.temperature=1")
     run(whole)
-    once, asked[:] = list(asked), []
+    once, batches[:] = addresses(batches), []
 
     config = stage(workspace, tmp_path / "cut", "behave.batch_size=4", "behave.temperature=1")
 
@@ -131,7 +152,7 @@ def test_stopped_after_some_batches_it_asks_only_the_others(
     class Dying(Generator):
         def answers(self, some: Any, rounds: int) -> Any:
             for answered in super().answers(some, rounds):
-                if len(asked) > 4 * batches:
+                if len(batches) > done:
                     raise Killed  # generated, but not committed yet
                 yield answered
 
@@ -139,9 +160,9 @@ def test_stopped_after_some_batches_it_asks_only_the_others(
         patch.setattr(behave, "Generator", Dying)
         with pytest.raises(Killed):
             run(config)
-    lost = asked[4 * batches :]
-    run(config)
-    assert Counter(asked) == Counter(once) + Counter(lost)
+    lost = addresses(batches[done:])
+    on_threads(size, lambda here: behave.run(config, here))
+    assert Counter(addresses(batches)) == Counter(once) + Counter(lost)
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
 
 
@@ -170,7 +191,7 @@ def test_killed_for_real_on_two_ranks(workspace: Workspace, tmp_path: Path) -> N
 
 
 def test_a_line_cut_short_is_as_if_never_written(
-    workspace: Workspace, tmp_path: Path, asked: list[str]
+    workspace: Workspace, tmp_path: Path, batches: list[list[Question]]
 ) -> None:
     config = stage(workspace, tmp_path / "t")
     run(config)
@@ -190,9 +211,9 @@ def test_a_line_cut_short_is_as_if_never_written(
     lines = [json.dumps([[q.number, [5, 6], True] for q in b]) for b in made.batches]
     journal = f"{json.dumps(header)}\n{lines[0]}\n{lines[1][:-5]}"
     (folder / "rank-0.jsonl").write_text(journal)
-    asked.clear()
+    batches.clear()
     run(config)
-    assert asked == [question.address for question in made.batches[1]]
+    assert batches == [made.batches[1]]
     assert before.keys() == digests(tmp_path / "t").keys()
     kept = records(workspace, tmp_path / "t")
     first = {made.asks[question.number].key for question in made.batches[0]}
@@ -319,6 +340,27 @@ def test_what_is_filtered_is_listed_and_not_trained(workspace: Workspace, tmp_pa
     config = cfg.load(workspace.config("left"), [f"data.targets=['{tmp_path}/t/targets-*.tar']"])
     stream = open_feed(config).stream
     assert fast == {base.key(i) for i in stream.lengths.refused()}
+
+
+def test_a_wording_that_does_not_fit_the_prompt_is_named(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    wording = {"name": "inside", "task": "t", "language": "*", "instruction": "is {input} good"}
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump([wording]))
+    changes = [f"behave.templates={tmp_path / 'prompts.yaml'}", "behave.tasks=[t]"]
+    config = stage(workspace, tmp_path / "t", *changes)
+    twice = config.model_copy(update={"prompt": "{instruction} {input} {instruction}"})
+    with pytest.raises(cfg.ConfigError, match=r"prompts.yaml: inside: instruction .* do not fit"):
+        run(twice)
+    run(config)
+    (target,) = next(iter(records(workspace, tmp_path / "t").values()))
+    assert target["instruction"] == "is {input} good"
+
+
+@pytest.mark.parametrize("tasks", ["{}", "[]", "{continue: 0}"])
+def test_no_tasks_at_all(workspace: Workspace, tmp_path: Path, tasks: str) -> None:
+    with pytest.raises(cfg.ConfigError, match=r"behave\.tasks"):
+        stage(workspace, tmp_path, f"behave.tasks={tasks}")
 
 
 @pytest.mark.slow
