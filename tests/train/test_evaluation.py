@@ -171,7 +171,7 @@ def test_states_are_measured_for_some_utterances_against_their_text(
 def test_distances_are_what_they_are_called() -> None:
     items = [Item("k", task, "en", task, "seen", "", ("exact",)) for task in ("a", "b", "c")]
     eye = torch.eye(3)
-    states = {"text": eye, "speech": 2 * eye, "shuffled": eye.roll(1, 0)}
+    states = {"text": 2 * eye, "speech": 4 * eye, "shuffled": 2 * eye.roll(1, 0)}
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for m in measure(items, states):
         found[m.input, m.metric].append(m.value)
