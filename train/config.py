@@ -68,6 +68,9 @@ class Encoder(Section):
     sharded: bool = False
     """False keeps the frozen encoder whole on every rank: it is small beside the LLM, and
     gathering it for each micro-batch would cost more than it saves."""
+    own_length: bool = False
+    """Whisper: encode each clip at its own length instead of the window of 30 s that it was trained
+    on: a fraction of the work at some loss of fidelity, which `docs/log.md` has measured."""
     layers: Literal["last", "weighted"] = "last"
     """What the adapter hears: the last layer, or a trained weighted sum of all of them."""
     languages: dict[str, str] = {}

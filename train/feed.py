@@ -68,7 +68,7 @@ def open_feed(config: cfg.Config) -> Feed:
         targets,
         Prompt(tokenizer, config.prompt),
         rule,
-        Featurize(config.model.encoder.path),
+        Featurize.of(config.model.encoder),
         workers=data.workers,
         augment=data.augment,
         words=words,

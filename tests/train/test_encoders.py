@@ -162,3 +162,36 @@ def test_a_clip_of_an_unknown_language_is_named(tmp_path: Path) -> None:
     encoder(padded, (8_000,), ("",))  # silence has no language
     with pytest.raises(ValueError, match="a clip is in 'de'"):
         encoder(padded, (8_000,), ("de",))
+
+
+@torch.no_grad()
+def test_whisper_on_each_clips_own_length(tmp_path: Path) -> None:
+    encoder = load(tmp_path, "whisper", own_length=True)
+    plain = AutoModel.from_pretrained(tmp_path).eval().get_encoder()
+    window = 32_000
+    sizes = [window, 161, 4_801, 31_999]
+    noise = np.random.default_rng(0).normal(size=window).astype(np.float32)
+    features = [
+        torch.from_numpy(Featurize(str(tmp_path), own_length=True)(noise[:n])) for n in sizes
+    ]
+    assert [f.shape[1] for f in features] == [2 * n for n in lengths(tmp_path, sizes)]
+    found = encoder(torch.nested.nested_tensor(features).to_padded_tensor(0), tuple(sizes))
+    for i, own in enumerate(features):
+        # Transformers' own layers on this clip alone, nothing masked.
+        state = torch.nn.functional.gelu(plain.conv1(own[None]))
+        state = torch.nn.functional.gelu(plain.conv2(state)).transpose(1, 2)
+        state = state + plain.embed_positions.weight[: state.shape[1]]
+        for layer in plain.layers:
+            state = layer(state, None)
+        state = plain.layer_norm(state)[0]
+        torch.testing.assert_close(found[i, : len(state)], state, **TOLERANCE)
+    # A clip that fills the window is what transformers makes of it.
+    full = plain(features[0][None]).last_hidden_state[0]
+    torch.testing.assert_close(found[0], full, **TOLERANCE)
+    hidden = encoder.layers(features[0][None], (window,))
+    assert len(hidden) == encoder.num_layers
+
+
+def test_own_length_is_whispers(tmp_path: Path) -> None:
+    with pytest.raises(cfg.ConfigError, match="own_length is for Whisper; wav2vec2"):
+        load(tmp_path, "wav2vec2", own_length=True)

@@ -25,6 +25,7 @@ from train.model.languages import add_languages, choose_languages
 from train.model.lengths import Conv
 from train.model.lora import add_lora
 from train.model.masked_norm import mask_group_norm, set_lengths
+from train.model.own_length import own_length
 
 SAMPLE_RATE = 16_000
 
@@ -44,11 +45,16 @@ class Featurize:
     Pickles as its path, so a worker process loads its own feature extractor.
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, own_length: bool = False):
+        self.path, self.own_length = path, own_length
+
+    @classmethod
+    def of(cls, settings: cfg.Encoder) -> Featurize:
+        """What this encoder is fed."""
+        return cls(settings.path, settings.own_length)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Featurize, (self.path,)
+        return Featurize, (self.path, self.own_length)
 
     @cached_property
     def _extractor(self) -> Any:
@@ -57,9 +63,15 @@ class Featurize:
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """[samples] → waveform [samples], log-mel [mel, frames], or filter banks [2 mel, frames].
 
-        Log-mel is padded to Whisper's window; time is always the last axis.
+        Log-mel is padded to Whisper's window, or with `own_length` to a whole number of encoder
+        frames; time is always the last axis.
         """
         extractor = self._extractor
+        if self.own_length:
+            frame = 2 * _HOP
+            wave = np.pad(wave, (0, -len(wave) % frame))
+            out = extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="np", padding=False)
+            return out.input_features[0].astype(np.float32)
         stacked = "SeamlessM4T" in type(extractor).__name__
         out = extractor(
             wave,
@@ -89,6 +101,14 @@ class SpeechEncoder(nn.Module):
         self.model.requires_grad_(False)
         if self.kind in WAVEFORM:
             mask_group_norm(self.model)
+        self.own_length = settings.own_length
+        if settings.own_length:
+            if self.kind != "whisper":
+                raise cfg.ConfigError(
+                    f"model.encoder.own_length is for Whisper; {self.kind} hears every clip at its "
+                    "own length; remove it"
+                )
+            own_length(self.model)
         self._languages: dict[str, int] = {}
         if settings.languages:
             self._languages = add_languages(self.model, settings.path, settings.languages)
@@ -161,7 +181,11 @@ class SpeechEncoder(nn.Module):
             choose_languages(self.model, self._languages, languages, features.device)
         features = features.to(self.model.dtype)
         extras: dict[str, Any] = {"output_hidden_states": True} if all_layers else {}
-        if self.kind != "whisper":
+        if self.own_length:
+            extras["lengths"] = tuple(
+                min(2 * -(-n // (2 * _HOP)), features.shape[2]) for n in samples
+            )
+        elif self.kind != "whisper":
             lengths = list(samples)
             if self.kind == "wav2vec2-bert":
                 features = features.transpose(1, 2)

@@ -51,7 +51,7 @@ class Responder:
         self.rule = length_rule(config.model)
         self.tokenizer = load_tokenizer(config.model)
         self.prompt = Prompt(self.tokenizer, config.prompt)
-        self._featurize = Featurize(config.model.encoder.path)
+        self._featurize = Featurize.of(config.model.encoder)
 
     @torch.no_grad()
     def listen(
