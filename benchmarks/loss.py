@@ -33,13 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="few rounds, a tenth of the words")
+    parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     options = parser.parse_args()
     if options.device == "cpu":
         recycle_memory()
     report = Report("loss")
-    rounds, words = (1, VOCABULARY // 10) if options.quick else (5, VOCABULARY)
+    rounds, words = (1 if options.quick else 5), VOCABULARY
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     head = Head(
         _leaf(words, HIDDEN[options.device], scale=0.02, dtype=dtype, device=options.device)
