@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,19 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 class World:
-    """A tiny model and clips of ugly lengths with random answers."""
+    """A tiny model and clips of ugly lengths with random answers.
 
-    def __init__(self, root: Path, encoder: str, llm: str):
+    Args:
+        sections: of `model`: what is added to its encoder, adapter or decoder.
+    """
+
+    def __init__(self, root: Path, encoder: str, llm: str, /, **sections: dict[str, Any]):
         tiny.encoder(root / "encoder", encoder)
         tiny.llm(root / "llm", llm)
-        config = cfg.parse(tiny.config(root), "tiny")
+        tree = tiny.config(root)
+        for name, section in sections.items():
+            tree["model"][name] = tree["model"][name] | section
+        config = cfg.parse(tree, "tiny")
         self.model = build(config.model, "fp32", seed=3)
         self.rule = length_rule(config.model)
         prompt = Prompt(load_tokenizer(config.model), config.prompt)
