@@ -199,6 +199,7 @@ class _BinReader(Dataset):
         self._stream = stream
         self._epoch, self._start, self._rank, self._world = epoch, start_step, rank, world
         self._target_of = stream.lengths.target_of(epoch)
+        stream.lengths.tokens(epoch)  # what is interleaved is drawn here, for all workers
 
     def __len__(self) -> int:
         remaining = self._stream.steps_in_epoch(self._epoch) - self._start

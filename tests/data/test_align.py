@@ -71,6 +71,8 @@ def test_words_are_where_the_best_path_has_them(aligner) -> None:
     wave = made.noise(24_000)
     words = aligner(wave, text, "en")
     log_probs = aligner._log_probs(wave, 1)[0].numpy()
+    assert (log_probs[:, -1] == 0).all()  # anything is certain, and the letters share the rest
+    assert np.exp(log_probs[:, :-1]).sum(1) == pytest.approx(1.0, abs=1e-5)
     letters = aligner._tokenizer.get_vocab()
     anything = log_probs.shape[1] - 1
     labels = [anything if c.isdigit() else letters[c] for c in text.replace("1984", "1").replace(

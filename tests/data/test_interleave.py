@@ -198,6 +198,10 @@ def test_shares_hold_and_change_with_epoch_and_seed(tmp_path) -> None:
     assert 0.25 < np.mean(kinds) < 0.55
     assert drawn(settings, 1, 0) == found
     assert drawn(settings, 1, 1) != found
+    # Where spans alternate, the samples that stay whole are told by their own draw alone.
+    in_turn = replace(settings, span_words=(4, 4), order="alternate")
+    whole = [[not parts for parts in drawn(in_turn, 1, epoch)] for epoch in (0, 1)]
+    assert whole[0] != whole[1]
     assert drawn(settings, 2, 0) != found
     assert not any(drawn(replace(settings, pure_speech=1.0), 1, 0))
     everything = build(data, replace(settings, pure_speech=1.0))
