@@ -455,7 +455,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(fault: Any, origin: str) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
+    # The place as it is written: pydantic also names the choice that `kind` made.
+    where = ".".join(str(part) for part in fault["loc"] if part not in _choices(Adapter))
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # a dataclass's
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)

@@ -24,7 +24,18 @@ def test_overrides_are_yaml_values(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'lr'?"),
-        ("model.adapter.bottelneck=1", "did you mean 'bottleneck'?"),
+        (
+            "model.adapter.bottelneck=1",
+            "unknown key 'model.adapter.bottelneck'; did you mean 'bottleneck'?",
+        ),
+        ("model.adapter={kind: ebranchformer, bloks: 2}", "did you mean 'blocks'?"),
+        ("model.adapter={kind: stack_mlp, frame: 4}", "did you mean 'frames'?"),
+        ("model.adapter.kind=lstm", "expected tags: 'conv', 'stack_mlp', 'ebranchformer'"),
+        (
+            "model.encoder.lora={rnk: 4}",
+            "unknown key 'model.encoder.lora.rnk'; did you mean 'rank'",
+        ),
+        ("model.decoder={path: d, train: full, lora: {}}", "exclude each other"),
         ("trian.lr=1", "unknown key 'trian'; did you mean 'train'?"),
         ("train.lr=fast", "train.lr"),
         ("train.lr=-1", "found -1"),
