@@ -60,11 +60,12 @@ def chunked_ctc(
     slots: tuple[int, ...],
     transcripts: Transcripts,
     scale: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Known:
     """The loss with its gradients of `slots_RH` and `blank_H`; no [R, V] tensor is alive."""
     count, width = len(slots_RH), transcripts.ids.shape[1]
     clip_R = transcripts.clip_of_slot
+    chunk_bytes = chunk_bytes or CHUNK_BYTES[table.device.type]
     rows = max(1, chunk_bytes // (4 * len(table)))
     blank_logit_R = scale * (slots_RH.float() @ blank_H.float())
     # Log probabilities of blank, own tokens, rest.
@@ -81,6 +82,7 @@ def chunked_ctc(
         log_p[part, 1:-1] = own - total_n[:, None]
         p_nV = logits_nV.sub_(total_n[:, None]).exp_()
         grad_RH[part] = p_nV.to(table.dtype) @ table
+        del logits_nV, p_nV  # or they would be alive beside the next chunk's
     # Not minus infinity, whose difference to itself in the gradient of CTC is no number.
     log_p[:, 1:-1].masked_fill_(transcripts.unused[clip_R], -1e4)
     rest = 1 - log_p[:, :-1].exp().sum(-1)

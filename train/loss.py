@@ -23,8 +23,9 @@ from transformers import PretrainedConfig
 if TYPE_CHECKING:
     from data.collate import Batch
 
-CHUNK_BYTES = 256 * 2**20
-"""Float32 logits of one chunk; two to five times that is alive while it is worked on."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+"""Float32 logits of one chunk; two to five times that is alive while it is worked on. A GPU needs
+some hundred rows of BLOOMZ's 1 MB to be busy with its head, a CPU does not."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def chunked(
     teacher_LH: Tensor | None = None,
     trained: bool = False,
     backward: bool = True,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Known:
     """Sums over the labels of cross entropy and of KL, those that are asked for, in this order.
 
@@ -139,7 +140,7 @@ def chunked(
         for p in (head.weight, head.bias)
         if trained and backward and p is not None
     ]
-    rows = max(1, chunk_bytes // (4 * vocabulary))
+    rows = max(1, (chunk_bytes or CHUNK_BYTES[hidden_LH.device.type]) // (4 * vocabulary))
     even = -(-count // max(1, -(-count // rows)))  # chunks of like size
     for at in range(0, count, max(1, even)):
         part = slice(at, at + even)
@@ -167,6 +168,8 @@ def chunked(
                 d_head[0][k] += grad_nV.T @ hidden_LH[part]
             if len(d_head) > 1:
                 d_head[1][k] += grad_nV.sum(0, dtype=torch.float32)
+            del grad_nV
+        del logits_nV  # or it would be alive beside the next chunk's
     if kl is not None and d_hidden is not None:
         for grad in (d_hidden, *d_head):
             grad[-1] /= kl.temperature
