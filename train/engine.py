@@ -261,7 +261,8 @@ class Engine:
             group["lr"] = lr
         norm = None
         if self._optimizer is self._adam():  # stage 0 in float32, where DeepSpeed keeps no norm
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._params.values()])
+            grads = [p.grad for p in self._params.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -118,6 +119,17 @@ def test_one_run_on_a_server_that_both_reach(
     (run,) = client.search_runs([experiment.experiment_id])
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert sorted(steps) == list(range(STEPS))
+
+
+def test_a_copy_of_the_weights_in_each_node(
+    workspace: Workspace, uninterrupted: str, hosts: tuple[Host, Host], hostfile: Path
+) -> None:
+    policy = json.loads(Path("configs/ds/zero3_nodes.json").read_text())
+    policy["zero_optimization"]["zero_hpz_partition_size"] = 2  # the ranks of a node, here
+    path = workspace.root / "nodes.json"
+    path.write_text(json.dumps(policy))
+    across(hosts, hostfile, "train/main.py", workspace.config("hpz", train__engine=str(path)))
+    same_curve(workspace, "hpz", uninterrupted)
 
 
 def started(hosts: tuple[Host, Host], log: Path, commands: list[list[str]], **extra: str) -> None:

@@ -7,6 +7,7 @@ behind the clip: close to them, for a small part of the work. `docs/log.md` has 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn.functional import gelu
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -15,7 +16,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 class OwnLengthWhisper(WhisperEncoder):
     """A Whisper encoder whose forward takes any number of frames; made by `own_length`."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_features: torch.Tensor,
         lengths: tuple[int, ...],
@@ -46,6 +47,6 @@ class OwnLengthWhisper(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=last, hidden_states=hidden_states)
 
 
-def own_length(encoder: WhisperEncoder) -> None:
-    """Give a loaded Whisper encoder the forward above."""
+def own_length(encoder: nn.Module) -> None:
+    """Give a loaded `WhisperEncoder` the forward above."""
     encoder.__class__ = OwnLengthWhisper
