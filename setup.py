@@ -60,6 +60,7 @@ setup(
         "peft",
         "jiwer",
         "sacrebleu",
+        "scipy",
         "pydantic>=2",
         "rich",
         "pyyaml",
@@ -73,6 +74,7 @@ setup(
         "dev": [
             "pytest",
             "hypothesis",
+            "scikit-learn",
             "pytest-timeout",
             "ruff",
             "mypy",
