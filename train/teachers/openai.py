@@ -3,8 +3,8 @@
 The prompt is sent as text and the answer comes back as text, which the run's own tokenizer turns
 into ids: these need not be the ones that the server generated (special tokens have no text), and
 the seams of the prompt are the server's tokenizer's. Where the targets must be the LLM's tokens
-exactly, the `hf` engine is right. Answers are committed one by one, each as it comes. Sampling is seeded per target, but only the
-server decides whether its batches change what it says.
+exactly, the `hf` engine is right. Answers are committed one by one, each as it comes. Sampling is
+seeded per target, but only the server decides whether its batches change what it says.
 """
 
 from __future__ import annotations
