@@ -54,7 +54,7 @@ def main() -> None:
                 out = encoder(features, (len(wave),))
                 # The decoder was trained to see the whole window.
                 seen = out if name == "padded_30s" else out[:, :frames]
-                ids = recogniser.generate(encoder_outputs=BaseModelOutput(seen), max_new_tokens=100)
+                ids = recogniser.generate(encoder_outputs=BaseModelOutput(seen))
             states[name].append(out[0, :frames])
             heard[name] += processor.batch_decode(ids, skip_special_tokens=True)
     pairs = zip(states["padded_30s"], states["own_length"], strict=True)
