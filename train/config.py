@@ -383,16 +383,19 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def flat(self) -> dict[str, str]:
-        """`section.key` → text, as logged to the tracker."""
+        """`section.key` → text, as logged to the tracker.
 
-        def walk(name: str, node: Any) -> Iterator[tuple[str, str]]:
-            if isinstance(node, dict):
-                for key, child in node.items():
-                    yield from walk(f"{name}.{key}" if name else key, child)
-            else:
-                yield name, node if isinstance(node, str) else json.dumps(node)
+        A mapping with keys of the user's own, such as `behave.tasks`, is one value.
+        """
 
-        return dict(walk("", self.resolved()))
+        def walk(name: str, node: Any, shown: Any) -> Iterator[tuple[str, str]]:
+            keys = _types(type(node))
+            for key in keys:
+                yield from walk(f"{name}.{key}" if name else key, getattr(node, key), shown[key])
+            if not keys:
+                yield name, shown if isinstance(shown, str) else json.dumps(shown)
+
+        return dict(walk("", self, self.resolved()))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

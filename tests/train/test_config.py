@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_engine_policy_holds_policy_alone(tmp_path: Path, text: str, said: str) 
     tree = tiny.config(tmp_path, train__engine=str(tmp_path / "ds.json"))
     with pytest.raises(cfg.ConfigError, match=said):
         policy(cfg.parse(tree, "tiny").train)
+
+
+def test_names_of_settings_are_ones_that_the_tracker_takes(root: Path) -> None:
+    for path in (root / "configs").glob("**/*.yaml"):
+        if path.parent.name in ("configs", "micro"):
+            flat = cfg.load(path).flat()
+            assert all(re.fullmatch(r"[a-z_.]+", name) for name in flat), path
+    flat = cfg.load(root / "configs/micro/mtbi.yaml").flat()
+    assert flat["behave.tasks"] == '{"*": 2}'
+    assert flat["data.interleave.pure_speech"] == "0.5"
+    assert flat["model.decoder.path"] == "build/micro/llm-llama"
 
 
 def test_stage_0_does_not_round_accumulated_gradients(tmp_path: Path) -> None:
