@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class State:
     revision: str
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Samples of all epochs so far that were not trained: {epoch, key, reason}."""
+    validated: list[dict[str, float]] = field(default_factory=list)
+    """Every validation so far: {step, loss}."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,29 @@ def save(
     weights: dict[str, torch.Tensor],
     moments: dict[str, torch.Tensor],
     keep: int,
+    best: Sequence[int] = (),
 ) -> Path:
-    """Write one checkpoint under `folder` and drop all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{state.step:08d}"
-    partial = folder / f".partial-{path.name}"
+    """Write one checkpoint under `folder`; drop all but the newest `keep` and those of `best`."""
+    path = folder / name_of(state.step)
+    write(path, state, weights, moments)
+    kept = {name_of(step) for step in best}
+    for old in _paths(folder)[:-keep]:
+        if old.name not in kept:
+            shutil.rmtree(old)
+    return path
+
+
+def name_of(step: int) -> str:
+    """The folder of a run's checkpoint after so many steps."""
+    return f"step-{step:08d}"
+
+
+def write(
+    path: Path, state: State, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+) -> None:
+    """Write one checkpoint, whole or not at all, in place of what is at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     save_file(weights, partial / _ADAPTER)
@@ -80,10 +101,7 @@ def save(
         _sync(partial / name)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
-    _sync(folder)
-    for old in _paths(folder)[:-keep]:
-        shutil.rmtree(old)
-    return path
+    _sync(path.parent)
 
 
 def load(path: Path) -> Checkpoint:

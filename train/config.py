@@ -367,6 +367,19 @@ class Losses(Section):
         return ce | {name: part.weight for name, part in parts.items() if part is not None}
 
 
+class Validation(Section):
+    """Held-out data, scored by the run's own losses at every checkpoint that is due."""
+
+    shards: tuple[str, ...]
+    targets: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    """Only where `losses.align` is on."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after so many validations without a new best."""
+    keep_best: int = Field(1, ge=0)
+    """Checkpoints that stay on disk for their loss, beside the newest `train.keep`."""
+
+
 class Config(Section):
     run: Run
     model: Model
@@ -376,6 +389,7 @@ class Config(Section):
     behave: Behave | None = None
     losses: Losses = Losses()
     train: Train
+    validation: Validation | None = None
     evaluate: Evaluate | None = None
 
     def resolved(self) -> dict[str, Any]:

@@ -255,6 +255,16 @@ class Engine:
         if not last:
             self._engine.step()
 
+    @torch.no_grad()
+    def score(self, batch: Batch) -> torch.Tensor:
+        """As calling the engine does, with neither gradients nor dropout. A collective."""
+        self._engine.eval()
+        try:
+            sums: torch.Tensor = self._engine(batch)
+        finally:
+            self._engine.train()
+        return sums
+
     def step(self, lr: float) -> float:
         """Clip, update, clear the gradients; returns the gradient's norm before clipping."""
         for group in self._optimizer.param_groups:

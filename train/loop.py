@@ -20,6 +20,7 @@ from train.progress import bar, console
 from train.schedule import lr_at
 from train.stopping import Stopped, StopRequest, stop_requests
 from train.tracking import Tracker, revision
+from train.validation import Validation
 
 if TYPE_CHECKING:
     from data.collate import Batch
@@ -102,8 +103,10 @@ class Trainer:
         found: ckpt.Checkpoint | None,
         tracker: Tracker | None,
         tracker_run: str,
+        validation: Validation | None = None,
     ):
         self.config, self.here, self.engine, self.feed = config, here, engine, feed
+        self.validation = validation
         self.tracker, self.tracker_run = tracker, tracker_run
         self.folder = config.run.output / "checkpoints"
         self.step = self.epoch = self.epoch_step = self.trained = 0
@@ -112,6 +115,8 @@ class Trainer:
             state = found.state
             self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
             self.trained, self.skipped = state.trained, list(state.skipped)
+            if validation is not None:
+                validation.history = list(state.validated)
         else:
             self._leave_out(0)
         self._ledger: Ledger | None = None
@@ -132,7 +137,7 @@ class Trainer:
             stop_requests() as stop,
             self.here.watched(self.config.train.hang_seconds) as watchdog,
         ):
-            while self.step < total:
+            while self.step < total and not self._given_up():
                 began = time.perf_counter()
                 for batches in self.feed.steps(self.here, self.epoch, self.epoch_step):
                     watchdog.at(f"step {self.step}")
@@ -146,13 +151,17 @@ class Trainer:
                     self._stop_if(stop)
                     watchdog.at(f"waiting for the data of step {self.step}")
                     began = time.perf_counter()
-                    if self.step == total:
+                    if self.step == total or self._given_up():
                         break
                 else:
                     self.epoch, self.epoch_step = self.epoch + 1, 0
                     self._leave_out(self.epoch)
         if self.step % self.config.train.checkpoint_every:
             self.save()
+
+    def _given_up(self) -> bool:
+        """Whether the validation's patience is at its end."""
+        return self.validation is not None and self.validation.given_up()
 
     def _stop_if(self, request: StopRequest) -> None:
         """Stop where any rank was asked to. A collective."""
@@ -164,7 +173,13 @@ class Trainer:
         raise Stopped(f"{by[0]} after {self.step} of {self.config.train.steps} steps")
 
     def _after(self, counts: Counts, norm: float, lr: float, waited: float, seconds: float) -> None:
-        """Book one finished step: position, skips, metrics, checkpoint."""
+        """Book one finished step: position, skips, metrics, validation, checkpoint."""
+        due = (self.step + 1) % self.config.train.checkpoint_every == 0
+        validated = {}
+        if due and self.validation is not None:
+            validated = self.validation.measure(self.engine, self.here, self.step + 1)
+            if self.here.rank == 0:
+                console.print(f"validation {self.step + 1}: {validated['validation/loss']:.4f}")
         if self.tracker is not None:
             self.tracker.log(
                 self.step,
@@ -183,12 +198,13 @@ class Trainer:
                     "perf/audio_seconds_per_second": counts.seconds / seconds,
                     "perf/data_wait_share": waited / seconds,
                     "perf/step_seconds": seconds,
+                    **validated,
                 },
             )
         self._count_skips(counts)
         self.step += 1
         self.epoch_step += 1
-        if self.step % self.config.train.checkpoint_every == 0:
+        if due:
             self.save()
 
     def _enter(self, batches: list[Batch]) -> None:
@@ -238,11 +254,13 @@ class Trainer:
                 config=self.config.resolved(),
                 revision=revision(),
                 skipped=self.skipped,
+                validated=self.validation.history if self.validation else [],
             )
             if self._ledger is not None:  # ahead of a checkpoint it can be rewound
                 self._ledger.extend(self._uncommitted)
                 self._uncommitted.clear()
-            ckpt.save(self.folder, state, weights, moments, self.config.train.keep)
+            best = self.validation.best() if self.validation else []
+            ckpt.save(self.folder, state, weights, moments, self.config.train.keep, best)
         self.here.barrier()
 
     def _line(self, counts: Counts, seconds: float) -> str:

@@ -35,6 +35,7 @@ from train.profiling import profiled
 from train.progress import console
 from train.stopping import Stopped
 from train.tracking import Tracker, run_tags
+from train.validation import Validation
 
 
 def resume_point(config: cfg.Config, digest: str) -> ckpt.Checkpoint | None:
@@ -119,7 +120,8 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
             f"{config.train.precision}, ZeRO-{stage}, {feed.describe()}, {where}"
         )
-    trainer = Trainer(config, here, engine, feed, found, tracker, run_id)
+    validation = Validation.open(config)
+    trainer = Trainer(config, here, engine, feed, found, tracker, run_id, validation)
     try:
         if profile_steps and here.rank == 0:
             with profiled(config.run.output / "profile", profile_steps) as step_done:

@@ -17,7 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+# Where nobody watches, tables need not fit a terminal: rich would take 80 columns and cut names.
+_WIDTH = None if sys.stdout.isatty() else 120
+console = Console(stderr=False, highlight=False, soft_wrap=True, width=_WIDTH)
 
 _LINE_SECONDS = 10.0
 

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
@@ -17,6 +18,7 @@ from train.evaluation import Result
 from train.generalisation import COLUMNS
 from train.progress import console
 from train.scores import Cell
+from train.states import METRICS as STATES
 from train.tracking import Tracker, run_tags
 
 
@@ -33,17 +35,33 @@ def answer_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def print_scores(rows: list[dict[str, Any]], kinds: tuple[str, ...]) -> None:
-    """Tasks by inputs, all languages and wordings, with half the width of the speech's interval."""
+    """Tasks by inputs, all languages and wordings, with half the width of the speech's interval.
+
+    What is measured of the LLM's states has a table of its own, of means over tasks.
+    """
+    answers: dict[tuple[str, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    states: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows:
+        if r["language"] == "all" and r["wording"] == "all":
+            if r["metric"] in STATES:
+                states[r["metric"]][r["input"]].append(r["value"])
+            else:
+                answers[r["task"], r["metric"], str(r["count"])][r["input"]] = r
     table = Table(title="evaluation (all languages)")
     for name in ("task", "metric", "count", *kinds, "±"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-    lines: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for r in rows:
-        if r["language"] == "all" and r["wording"] == "all":
-            lines[r["task"], r["metric"], r["count"]][r["input"]] = r
-    for (task, metric, count), found in sorted(lines.items()):
+    for line, found in sorted(answers.items()):
         shown = [_figure(found[kind]["value"]) if kind in found else "" for kind in kinds]
-        table.add_row(task, metric, str(count), *shown, _half(found.get(kinds[0])))
+        table.add_row(*line, *shown, _half(found.get(kinds[0])))
+    console.print(table)
+    if not states:
+        return
+    table = Table(title="the LLM's states at the end of the prompt (means over tasks)")
+    for name in ("metric", *kinds):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for metric, values in states.items():
+        means = [_figure(mean(values[kind])) if kind in values else "" for kind in kinds]
+        table.add_row(metric, *means)
     console.print(table)
 
 
@@ -54,7 +72,7 @@ def print_generalisation(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if name in ("metric", "tasks trained") else "right")
     lines: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for r in rows:
-        if r["language"] == "all" and r["input"] == "speech":
+        if r["language"] == "all" and r["input"] == "speech" and r["metric"] not in STATES:
             lines[r["metric"], r["trained"], r["tasks"]][r["column"]] = r
     for (metric, trained, tasks), found in sorted(lines.items()):
         cells = [
