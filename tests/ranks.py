@@ -6,8 +6,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import torch
+
+from train.model.build import load_decoder
 
 
 class Solo:
@@ -47,7 +50,18 @@ class Threaded(Solo):
 def on_threads(size: int, work: Callable[[Any], None]) -> None:
     """Run `work(world)` as `size` ranks; raises what one of them raised."""
     meeting, table = threading.Barrier(size), [None] * size
-    with ThreadPoolExecutor(size) as pool:
+    loading = threading.Lock()
+
+    def load_alone(*args: Any) -> Any:
+        # While it loads a model, transformers swaps functions of its own for all threads; two at
+        # once leave them swapped (no weights are tied any more, in the whole process).
+        with loading:
+            return load_decoder(*args)
+
+    with (
+        mock.patch("train.behave.load_decoder", load_alone),
+        ThreadPoolExecutor(size) as pool,
+    ):
         done = [pool.submit(work, Threaded(rank, meeting, table)) for rank in range(size)]
         for each in done:
             each.result()

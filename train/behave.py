@@ -19,9 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from data.prompts import Prompt
 from data.shards import ShardSet, write_overlay
 from data.templates import Choice, load_templates
 from train import config as cfg
-from train.cli import arguments, guarded
+from train.cli import arguments, guarded, leave
 from train.engine import World, inference, partitioned, world
 from train.feed import open_cache
 from train.model.build import DTYPES, load_decoder, load_tokenizer
@@ -236,7 +236,10 @@ def run(config: cfg.Config, here: World) -> None:
             f"{', '.join(behave.tasks)}; {len(done)} of {len(paths)} target shards are there"
         )
     total = sum(len(items) for _, items in waiting) * sum(behave.tasks.values())
-    with bar("answers", total, enabled=here.rank == 0 and bool(waiting)) as shown:
+    with (
+        closing(stage.journal),  # who comes after a stop finds it free at once
+        bar("answers", total, enabled=here.rank == 0 and bool(waiting)) as shown,
+    ):
         for at in range(0, len(waiting), here.size):
             wave = [stage.part(path, items) for path, items in waiting[at : at + here.size]]
             stage.write(wave, shown)
@@ -288,4 +291,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

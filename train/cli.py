@@ -7,11 +7,13 @@ Exit codes: 0 done, 1 a fault of ours (with its trace), 2 a fault the user can m
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -72,6 +74,19 @@ def guarded(main: Callable[[], None]) -> int:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return RESUMABLE
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, without tearing the interpreter down.
+
+    Threads of gloo and DeepSpeed outlive the process group; one that wants the interpreter while
+    it is torn down aborts the process, after all went well (exit code -6, "terminate called
+    without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def quiet_libraries() -> None:

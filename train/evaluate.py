@@ -8,7 +8,6 @@ is scored in `train.metrics`. `python -m train.compare` puts several results sid
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from data.sources import expand, index_address
 from data.tasks import Item, load_items
 from train import checkpoint as ckpt
 from train import config as cfg
-from train.cli import arguments, guarded
+from train.cli import arguments, guarded, leave
 from train.engine import World, world
 from train.evaluation import Evaluation, Result
 from train.feed import open_cache
@@ -129,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

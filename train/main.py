@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from train import checkpoint as ckpt
 from train import config as cfg
-from train.cli import arguments, guarded
+from train.cli import arguments, guarded, leave
 from train.dryrun import dry_run
 from train.engine import (
     Engine,
@@ -160,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))

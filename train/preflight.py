@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,7 +26,7 @@ from torch.distributed import TCPStore
 
 from data.shards import ShardSet
 from train import config as cfg
-from train.cli import arguments, guarded
+from train.cli import arguments, guarded, leave
 from train.engine import World, environment, world
 from train.feed import open_cache
 from train.model.build import length_rule, load_tokenizer
@@ -201,4 +200,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    leave(guarded(main))
