@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.report import Report
 from data.archive import Row, index_path, write_shard
 from data.audio import SAMPLE_RATE, decode, encode_flac
-from data.collate import Batch, Clip, Sample, collate
+from data.collate import Batch, Sample, collate
 from data.plan import Plan
-from data.prompts import Document, Prompt
+from data.prompts import Prompt
 from data.shards import Overlay, ShardSet, write_overlay
 from data.stats import measure_packing
 from data.stream import Stream, make_clip
@@ -129,9 +129,10 @@ def stream(folder: Path, kind: type[Stream] = Stream, workers: int = 0, **more: 
 class Undecoded(Stream):
     """Reads nothing: every clip is one second of silence. For indexes without their tars."""
 
-    def read(self, i: int, target: int, epoch: int) -> tuple[Document, Clip]:
+    def read(self, i: int, target: int, epoch: int) -> Sample:
         clip = make_clip(np.zeros(SAMPLE_RATE, np.float32), self.rule, self.featurize)
-        return (*PROMPT.with_speech("", clip.slots), PROMPT.answer([1], True)), clip
+        document = (*PROMPT.with_speech("", clip.slots), PROMPT.answer([1], True))
+        return Sample(self.shards.key(i), document, clip)
 
 
 def resume(report: Report, folder: Path, quick: bool) -> None:
