@@ -163,6 +163,7 @@ def resumed_is_uninterrupted(workspace: Workspace, name: str, model: dict[str, A
     assert same_weights(workspace, name, f"{name}-resumed")
 
 
+@pytest.mark.slow
 def test_all_parts_train_and_resume_exactly_under_zero3(
     workspace: Workspace, everything: dict[str, Any]
 ) -> None:

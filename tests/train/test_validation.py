@@ -46,6 +46,7 @@ def test_the_best_stay(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [ckpt.name_of(s) for s in (20, 50, 60)]
 
 
+@pytest.mark.slow
 def test_a_run_that_no_longer_learns_ends(workspace: Workspace) -> None:
     root = workspace.root
     held = f"{{shards: ['{root}/shards/train-000000.tar'], targets: ['{root}/targets/*.tar'], "
