@@ -49,8 +49,9 @@ def test_every_stage_resumes_exactly_and_trains_as_zero3_does(
             assert torch.equal(value, getattr(other, kind)[key]), key
     # The first step has the same weights: sums over ranks and bins in another order. Adam hides a
     # wrong scale of the gradient, its norm does not. Later steps of a run in float32 stay close;
-    # in bf16 the first update, the sign of each gradient, already turns last bits of weights.
-    steps, tolerance = (STEPS, 1e-5) if precision == "fp32" else (1, 1e-3)
+    # in bf16 the first update, the sign of each gradient, already turns last bits of weights, and
+    # the gradients themselves are rounded to 8 bits (4e-3) in the groups that a stage sums.
+    steps, tolerance = (STEPS, 1e-5) if precision == "fp32" else (1, 1e-2)
     for metric in ("train/loss", "train/grad_norm"):
         expected = workspace.curve(zero3[precision], metric)
         for (step, found), (_, want) in list(
