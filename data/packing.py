@@ -1,5 +1,6 @@
-"""Best fit decreasing: ragged samples into bins of one capacity."""
+"""Ragged samples into bins of one capacity: full ones, and equal ones."""
 
+import heapq
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -27,3 +28,22 @@ def best_fit(costs: np.ndarray, capacity: int) -> list[list[int]]:
         if room - cost >= smallest:
             insort(rooms, (room - cost) * n + number)
     return bins
+
+
+def level(costs: np.ndarray, bins: list[np.ndarray]) -> list[np.ndarray]:
+    """Deal the items of `bins` anew, the dearest first, each to the emptiest bin (Graham's LPT).
+
+    `costs` [n] int64 is by item number. Returns as many bins, none fuller than the fullest was;
+    those given where dealing makes them no more equal.
+    """
+    items = np.concatenate(bins)
+    loads = [(0, number) for number in range(len(bins))]
+    dealt: list[list[int]] = [[] for _ in bins]
+    for item in items[np.argsort(-costs[items], kind="stable")].tolist():
+        load, number = loads[0]
+        dealt[number].append(item)
+        heapq.heapreplace(loads, (load + int(costs[item]), number))
+    fullest = max(int(costs[items].sum()) for items in bins)
+    if max(loads)[0] >= fullest:
+        return bins
+    return [np.array(items, dtype=np.int64) for items in dealt]

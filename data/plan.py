@@ -3,8 +3,9 @@
 A pure function of (shards, costs, seed, epoch, budgets), not of the number of ranks or workers.
 Shards are shuffled globally and taken in windows; a window's samples are ordered by length, with
 some jitter, and packed into bins; what does not fill a whole global step waits for the next
-window. A sample's cost is its larger share of the two budgets, LLM tokens and audio seconds, in
-exact integers, so that no bin goes over either.
+window; a step whose bins are not of nearly equal cost has its samples dealt anew among them. A
+sample's cost is its larger share of the two budgets, LLM tokens and audio seconds, in exact
+integers, so that no bin goes over either.
 """
 
 from collections import OrderedDict
@@ -16,10 +17,11 @@ import numpy as np
 
 from data.audio import SAMPLE_RATE
 from data.draws import draws
-from data.packing import best_fit
+from data.packing import best_fit, level
 
 PerEpoch = np.ndarray | Callable[[int], np.ndarray]
 _EPOCHS_KEPT = 2
+_UNEVEN = 0.01  # a step's fullest bin may exceed the mean by this share of it
 _JITTER = 128  # costs are scaled by 1024..1151 / 1024 before sorting: bins differ between epochs
 
 
@@ -189,12 +191,17 @@ class Plan:
         kept = kept[np.argsort(grade[kept], kind="stable")]
         steps = [kept[a : a + self.bins_per_step] for a in range(0, whole, self.bins_per_step)]
         full = whole // self.bins_per_step
-        shuffled = [steps[s] for s in np.argsort(random[:full], kind="stable")] + steps[full:]
+        levelled = [_levelled([window[bins[b]] for b in step], costs) for step in steps[:full]]
+        shuffled = [levelled[s] for s in np.argsort(random[:full], kind="stable")]
+        shuffled += [[window[bins[b]] for b in step] for step in steps[full:]]
         waiting = [window[bins[b]] for b in put_off]
-        return (
-            [window[bins[b]] for step in shuffled for b in step],
-            np.concatenate([window[:0], *waiting]),
-        )
+        return [b for step in shuffled for b in step], np.concatenate([window[:0], *waiting])
+
+
+def _levelled(bins: list[np.ndarray], costs: np.ndarray) -> list[np.ndarray]:
+    loads = [int(costs[items].sum()) for items in bins]
+    even = max(loads) * len(bins) <= sum(loads) * (1 + _UNEVEN)
+    return bins if even else level(costs, bins)
 
 
 def _in_epoch(values: PerEpoch, epoch: int) -> np.ndarray:
