@@ -34,7 +34,7 @@ printf '# On a GPU\n\n%s\n' "$(git rev-parse --short HEAD 2>/dev/null || echo 'n
 record 'Machine' nvidia-smi
 record 'Build' env HEARKEN_CUDA=1 "$python" csrc/build.py
 record 'Registers and spills' "$python" csrc/resources.py
-record 'Tests' "$python" -m pytest -m gpu tests/ops
+record 'Tests' "$python" -m pytest -m gpu tests/ops tests/train/test_kernels.py
 # compute-sanitizer sees every access of the kernels, in the small layouts that the tests draw.
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

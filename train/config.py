@@ -150,6 +150,8 @@ class Decoder(Section):
     train: Literal["none", "full"] = "none"
     """`full` trains every weight of the LLM beside the adapter (BLSP's preparation stage)."""
     lora: LoRA | None = None
+    attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
+    """Of packed batches, see `train.model.kernels`: `auto` takes the fastest that can."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Decoder:

@@ -9,8 +9,9 @@ import torch
 
 from tests import tiny
 from train import config as cfg
-from train.model.attention import Packing, set_packed
+from train.model.attention import set_packed
 from train.model.build import load_decoder, whole
+from train.model.kernels import Packing
 from train.model.speech_llm import SpeechEmbeddings
 
 # Longer and shorter than the windows of `tiny.FAMILIES`; a prime; one position.
@@ -39,7 +40,7 @@ def packed_logits(decoder: torch.nn.Module, ids: list[torch.Tensor]) -> list[tor
     inputs = table(torch.zeros(0, table.table.shape[1]), torch.cat(ids))
     positions = torch.cat([torch.arange(len(d)) for d in ids])
     lengths = tuple(len(d) for d in ids)
-    extras = set_packed(decoder, Packing(lengths))
+    extras = set_packed(decoder, Packing.of(lengths))
     out = decoder(
         inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, **extras
     )

@@ -68,7 +68,7 @@ def load_decoder(
     decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code
     )
-    attention.prepare(decoder)
+    attention.prepare(decoder, model.decoder.attention)
     decoder.requires_grad_(False)
     decoder.eval()
     if device is not None:

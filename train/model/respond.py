@@ -10,10 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.prompts import Prompt
 from train import config as cfg
-from train.model.attention import Packing, set_packed
+from train.model.attention import set_packed
 from train.model.build import build, length_rule, load_tokenizer, whole
 from train.model.encoder import Featurize
 from train.model.generate import generate, to_text
+from train.model.kernels import Packing
 from train.model.options import OptionScore, score_options
 from train.model.speech_llm import Gathered
 
@@ -113,7 +114,7 @@ class Responder:
         """[questions, H] float32, on the CPU: the LLM's last hidden state where it is to answer."""
         inputs_TH, lengths = self._inputs(questions)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
-        extras = set_packed(self.model.decoder, Packing(lengths))
+        extras = set_packed(self.model.decoder, Packing.of(lengths, self.device))
         hidden_TH = self.model.decoder.get_decoder()(
             inputs_embeds=inputs_TH[None], position_ids=positions[None], use_cache=False, **extras
         ).last_hidden_state[0]

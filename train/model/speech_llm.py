@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from train import config as cfg
 from train.ctc import EmbeddingCTC
 from train.loss import Divergence, alignment
-from train.model.attention import Packing, set_packed
+from train.model.attention import set_packed
 from train.model.draws import drawn_for
 from train.model.encoder import LayerSum, SpeechEncoder
 from train.model.head import answer_losses, prepare_head
+from train.model.kernels import Packing
 from train.model.lora import lora_modules, without_updates
 from train.ops import RowExchange, Segments, pack_embeddings
 from train.ops.library import Impl
@@ -284,7 +285,7 @@ class SpeechLLM(nn.Module):
 
     def _decode(self, inputs_TH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The decoder's last hidden states [L, H] where the labels are predicted."""
-        extras = set_packed(self.decoder, Packing(layout.lengths))
+        extras = set_packed(self.decoder, Packing(layout.lengths, layout.cu_seqlens))
         hidden_TH = self.decoder.get_decoder()(
             inputs_embeds=inputs_TH[None],
             position_ids=layout.positions[None],

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from train import config as cfg
 from train.model.adapters.spacing import rows_of, spaced, spread
-from train.model.attention import alike
+from train.model.kernels.sdpa import alike
 from train.model.lengths import Conv
 from train.ops import Segments
 
