@@ -4,7 +4,6 @@
 #include "../common/packing.h"
 
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "support.h"
@@ -51,7 +50,8 @@ class Rows {
   Store<A> store_;
 };
 
-// Sums over a row in 64 lanes: a fixed order that vectorises without leave to reorder.
+// Sums over a row in 64 lanes, added by halves: a fixed order that vectorises without leave to
+// reorder.
 template <class A>
 class LaneSum {
  public:
@@ -72,7 +72,11 @@ class LaneSum {
   }
 
   void add(int64_t lane, A value) { lanes_[lane] += value; }
-  A total() const { return std::accumulate(lanes_, lanes_ + kLanes, A(0)); }
+  A total() {
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t lane = 0; lane < half; ++lane) lanes_[lane] += lanes_[lane + half];
+    return lanes_[0];
+  }
 
  private:
   static constexpr int64_t kLanes = 64;
