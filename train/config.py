@@ -277,6 +277,9 @@ class Train(Section):
     checkpoint_every: int = Field(200, ge=1)
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+    verify_frozen: bool = False
+    """Digest every frozen weight before and after the run, and fail where one has changed; reads
+    all of the encoder and the LLM twice."""
     hang_seconds: float = Field(300.0, gt=0)
     """A rank that has not finished a step, or its wait for data, in this time ends the job,
     saying where each rank is. Below the collectives' own timeout of 10 minutes."""

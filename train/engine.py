@@ -65,7 +65,8 @@ class World:
             # Shared-memory collectives would be compiled at start-up (40 s), for nothing here.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
         deepspeed.init_distributed(verbose=False)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from train import checkpoint as ckpt
@@ -27,6 +28,7 @@ from train.engine import (
     world,
 )
 from train.feed import open_feed
+from train.frozen import unchanged
 from train.loop import Trainer
 from train.model.build import build
 from train.model.respond import load_trained
@@ -121,17 +123,24 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         )
     validation = Validation.open(config)
     trainer = Trainer(config, here, engine, feed, found, tracker, run_id, validation)
+    record = config.run.output / "frozen.json"
+    verified: AbstractContextManager[None] = nullcontext()
+    if config.train.verify_frozen:
+        verified = unchanged(model, config.model, gathered, record if here.rank == 0 else None)
     try:
-        if profile_steps and here.rank == 0:
-            with profiled(config.run.output / "profile", profile_steps) as step_done:
-                trainer.run(step_done)
-        else:
-            trainer.run()
+        with verified:
+            if profile_steps and here.rank == 0:
+                with profiled(config.run.output / "profile", profile_steps) as step_done:
+                    trainer.run(step_done)
+            else:
+                trainer.run()
     except BaseException as end:
         if tracker is not None:
             tracker.close("KILLED" if isinstance(end, Stopped) else "FAILED")
         raise
     if tracker is not None:
+        if config.train.verify_frozen:
+            tracker.file(record, "frozen")
         tracker.close()
         console.print(f"stage 2: done; checkpoint in {config.run.output / 'checkpoints'}")
 

@@ -105,6 +105,14 @@ class Tracker:
         return max((m.step for m in history), default=-1)
 
 
+def history(uri: str, run_id: str, metric: str) -> list[float]:
+    """A run's values of one metric, in the order of their steps."""
+    import mlflow
+
+    found = mlflow.MlflowClient(uri).get_metric_history(run_id, metric)
+    return [m.value for m in sorted(found, key=lambda m: m.step)]
+
+
 def run_tags(stage: str) -> dict[str, str]:
     """Where a run came from: stage, code revision, host, versions."""
     return {
