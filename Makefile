@@ -5,11 +5,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
+SEEDS  ?= 1 2 3
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo claims test test-slow lint clean
 
 help:
 	@echo "make demo       micro world -> shards -> stage 1 -> stage 2 -> evaluation (about 12 minutes, set-up included)"
+	@echo "make claims     the papers' claims put to the micro world -> docs/claims.md (about an hour)"
 	@echo "make test       the tests, on tiny random models (minutes)"
 	@echo "make test-slow  what takes longer: the demo's pipeline, checked"
 	@echo "make lint       ruff, mypy, clang-format"
@@ -32,6 +34,10 @@ $(READY): constraints.txt setup.py pyproject.toml $(shell find csrc -type f 2>/d
 
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" RANKS=$(RANKS) bash examples/micro/demo.sh
+
+claims: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c \
+		'. examples/micro/world.sh && python -m examples.micro.claims --seeds $(SEEDS)'
 
 test: $(READY)
 	$(BIN)/python -m pytest --durations=10

@@ -1,0 +1,52 @@
+"""Put the papers' claims to the micro world: `python -m examples.micro.claims`.
+
+Needs the world and its shards (`make claims` makes them). Finished jobs are kept: stopped
+anywhere, the same command goes on. Writes docs/claims.md, docs/claims.json and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from examples.micro.claims import report
+from examples.micro.claims.pieces import jobs
+from examples.micro.claims.runner import JobFailed, Runner
+from examples.micro.claims.systems import RUNS, SEEDS, SYSTEMS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.micro.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--systems", nargs="+", help="only these, and no report")
+    parser.add_argument("--ranks", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument("--slots", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    systems = [system for system in SYSTEMS if not args.systems or system.name in args.systems]
+    if unknown := set(args.systems or ()) - {system.name for system in SYSTEMS}:
+        parser.error(f"no system {', '.join(sorted(unknown))}: there are "
+                     f"{', '.join(system.name for system in SYSTEMS)}")  # fmt: skip
+    began = time.monotonic()
+    runner = Runner(Path(RUNS) / ".jobs", args.slots)
+    todo = jobs(systems, args.seeds, args.ranks)
+    fresh = not runner.folder.exists()
+    try:
+        runner.run(todo)
+    except JobFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not args.systems:
+        minutes = (time.monotonic() - began) / 60
+        report.write(args.docs, args.seeds, minutes if fresh else None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

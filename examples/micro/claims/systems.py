@@ -1,0 +1,126 @@
+"""What is trained: each system is a recipe of configs/micro with settings over it.
+
+What a comparison must not depend on is equal for all: encoder, adapter and its start (by seed),
+batches, schedule and steps. So a system differs from its neighbour in targets, loss, input or
+utterances alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+WORLD = "build/micro"
+MADE = f"{WORLD}/claims"  # subsets, targets and word times
+RUNS = "runs/claims"
+STEPS = 400
+SEEDS = (1, 2, 3)
+FEW_PER_LANGUAGE = 200
+HELD_OUT_PER_LANGUAGE = 60
+CUT_TOKENS = 6
+
+FULL = f"{WORLD}/shards/train*.tar"
+FEW = f"{MADE}/few/few-*.tar"
+HELD_OUT = f"{MADE}/heldout/heldout-*.tar"
+
+COMMON = {
+    "run.experiment": "claims",
+    "model.encoder": f"{{path: {WORLD}/encoder-wav2vec2}}",
+    "model.adapter": "{kernel: 5, strides: [2, 2, 2], bottleneck: 128}",
+    "data.augment": "null",
+    "data.interleave": "null",
+    "data.words": "[]",
+    "data.bins_per_step": "1",
+    "train.verify_frozen": "true",
+    "train.keep": "1",
+}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Stage 1: what the LLM is asked about which transcripts."""
+
+    tasks: str
+    """`behave.tasks`."""
+    shards: str = FULL
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+MULTI = '"continue": 1, "translate_*": 1, "topic|who|where": 2'
+TARGETS = {
+    "continue": Targets("[continue]"),
+    "repeat": Targets("[repeat]"),
+    "multi": Targets(f"{{{MULTI}}}"),
+    "multi_repeat": Targets(f'{{"repeat": 1, {MULTI}}}'),
+    "free": Targets("[free]", settings=(("behave.templates", "configs/prompts/free.yaml"),)),
+    "cut": Targets("[continue]", settings=(("behave.max_new_tokens", str(CUT_TOKENS)),)),
+    # The same answers with an end of sequence on each, as BLSP's code wrote them.
+    "cut_ended": Targets("[continue]", settings=(("behave.max_new_tokens", str(CUT_TOKENS)),)),
+    "heldout": Targets("[continue]", shards=HELD_OUT),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One recipe; trained and evaluated with every seed."""
+
+    name: str
+    says: str
+    config: str
+    targets: str
+    few: bool = False
+    steps: int = STEPS
+    init: str = ""
+    """The system whose weights of the same seed it begins with."""
+    inputs: tuple[str, ...] = ("speech",)
+    """What it is asked with; none: it is not evaluated."""
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def shards(self) -> str:
+        return FEW if self.few else FULL
+
+    def few_of(self, name: str, says: str) -> System:
+        return replace(self, name=name, says=says, few=True, inputs=("speech",))
+
+
+_CONT = System(
+    "cont", "BLSP: continuations", "blsp", "continue", inputs=("speech", "text")
+)  # fmt: skip
+_ASR = System("asr", "transcription alone (BLOOMZMMS T)", "bloomzmms_t", "repeat")
+_MULTI = System("multi", "multi-task behaviours (MTBI; BLOOMZMMS MI)", "mtbi", "multi")
+_INTERLEAVED = (
+    ("data.words", f"['{MADE}/words/words-*.tar']"),
+    ("data.interleave", "{span_words: [3, 10], order: alternate, pure_speech: 0.5}"),
+)
+
+SYSTEMS = (
+    System(
+        "untrained", "an adapter that was never trained", "blsp", "continue", steps=1,
+        settings=(("train.lr", "1.0e-12"),),
+    ),
+    _CONT,
+    _ASR,
+    _MULTI,
+    System("multi_repeat", "T + MI: both", "bloomzmms_tmi", "multi_repeat"),
+    System("kd", "BLSP-KD: continuations, KL", "blsp_kd", "continue"),
+    System("free", "no instruction at all", "free", "free"),
+    _CONT.few_of("cont_few", "continuations, few utterances"),
+    _ASR.few_of("asr_few", "transcription, few utterances"),
+    _MULTI.few_of("multi_few", "multi-task, few utterances"),
+    replace(
+        _MULTI.few_of("mixed_few", "multi-task, few utterances, interleaved"),
+        settings=_INTERLEAVED,
+    ),
+    System(
+        "ctc", "embedding-CTC alone", "bloomzmms_ctc", "continue", steps=STEPS // 3, inputs=()
+    ),
+    replace(_CONT, name="cont_ctc", says="continuations, after embedding-CTC", init="ctc",
+            inputs=("speech",)),
+    System("cut", "continuations cut short, not ended", "blsp", "cut", steps=STEPS * 2 // 5),
+    System("cut_ended", "cut short, ended all the same", "blsp", "cut_ended", steps=STEPS * 2 // 5),
+)  # fmt: skip
+
+
+def run_of(system: str, seed: int) -> str:
+    """The folder of one run."""
+    return f"{RUNS}/{system}-{seed}"
