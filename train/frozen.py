@@ -47,7 +47,7 @@ def digests(tensors: dict[str, torch.Tensor], gathered: Gathered) -> dict[str, s
     for name, tensor in tensors.items():
         with gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found[name] = hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+            found[name] = hashlib.sha256(raw.numpy().tobytes()).hexdigest()
     return found
 
 
