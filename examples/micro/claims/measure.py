@@ -23,8 +23,9 @@ from examples.micro.claims.systems import HELD_OUT, run_of
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.feed import open_feed
-from train.model.attention import Packing, set_packed
+from train.model.attention import set_packed
 from train.model.build import build
+from train.model.kernels import Packing
 from train.model.respond import load_trained
 from train.model.speech_llm import SpeechLLM
 
@@ -74,7 +75,7 @@ def label_scores(model: SpeechLLM, batch: Batch) -> torch.Tensor:
     """[labels] log probability of each label."""
     slots_RH = model.listen(batch.features, batch.samples, batch.frames, batch.languages)
     inputs_TH = model.embeddings(slots_RH, batch.source)
-    extras = set_packed(model.decoder, Packing(batch.lengths))
+    extras = set_packed(model.decoder, Packing(batch.lengths, batch.cu_seqlens))
     hidden_TH = model.decoder.get_decoder()(
         inputs_embeds=inputs_TH[None],
         position_ids=batch.positions[None],
