@@ -11,7 +11,7 @@ import pytest
 from examples.micro.claims import figures, report
 from examples.micro.claims.figures import Outcome
 from examples.micro.claims.pieces import MEASURED
-from examples.micro.claims.systems import RUNS, SEEDS, STEPS, SYSTEMS, run_of
+from examples.micro.claims.systems import FEW_PER_LANGUAGE, RUNS, SEEDS, STEPS, SYSTEMS, run_of
 from examples.micro.claims.table import CLAIMS
 from train.tracking import Tracker
 
@@ -99,7 +99,7 @@ def test_the_report_says_what_the_results_do(results: Path) -> None:
     (higher,) = [r for r in found if r["inequality"] == "WER: cont > asr"]
     assert (higher["holds"], higher["verdict"]) == (False, "does not hold")
     assert (higher["steps"], higher["utterances"]) == (str(STEPS), "7200")
-    assert row["utterances"] == "7200 / 600"
+    assert row["utterances"] == f"7200 / {3 * FEW_PER_LANGUAGE}"
     assert by["4", "WER: asr > cascade"]["right"]["per_seed"] == [5, 5, 5]
     text = (results / "docs/claims.md").read_text()
     assert "59 minutes" in text
