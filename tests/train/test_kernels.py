@@ -20,6 +20,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "alibi": {"slopes": SLOPES},
     "window": {"window": 33},
     "softcap": {"softcap": 5.0},
+    "both ways": {"causal": False},
     "alibi in a window": {"slopes": SLOPES, "window": 50},
 }
 
@@ -51,6 +52,8 @@ def one_by_one(q: Any, k: Any, v: Any, asked: Scores) -> torch.Tensor:
         if asked.slopes is not None:
             score = score - asked.slopes[:, None, None].to(score.dtype) * behind
         seen = (behind >= 0) & (behind < (asked.window or len(at)))
+        if not asked.causal:
+            seen = torch.ones_like(seen)
         outs.append(score.masked_fill(~seen, float("-inf")).softmax(-1) @ v_)
     return torch.cat(outs, dim=1)[None]
 

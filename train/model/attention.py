@@ -29,16 +29,18 @@ def _packed_attention(
     packing: Packing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     if packing is None:
         raise ValueError(f"{type(module).__name__} did not hand the packing to its attention")
-    if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
+    asked = {name: value for name, value in others.items() if value is not None}
+    if unknown := [name for name in _UNKNOWN if asked.get(name, False) is not False]:
         raise ValueError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which packed "
             "attention does not have; this decoder is not supported yet"
         )
-    scores = Scores(scaling or query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap)
+    scores = Scores(scaling or query.shape[-1] ** -0.5, None, sliding_window, softcap, causal)
     kernel: Name = getattr(module.config, "_hearken_kernel", "auto")
     out = attend(query, key, value, packing, scores, kernel)
     return out.transpose(1, 2).contiguous(), None

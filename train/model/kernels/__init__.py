@@ -21,7 +21,7 @@ __all__ = ["Kernel", "Name", "Packing", "Scores", "attend"]
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing, Scores], torch.Tensor]
 """(q [1, heads, T, d], k and v [1, kv_heads, T, d], packing, scores) -> [1, heads, T, d].
 
-Causal attention inside each document; kv_heads divides heads.
+Attention inside each document, causal unless the scores say otherwise; kv_heads divides heads.
 """
 
 Name = Literal["auto", "flash_attn", "varlen", "flex", "sdpa"]

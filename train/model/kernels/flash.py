@@ -31,7 +31,7 @@ def flash_attn(
         longest,
         longest,
         softmax_scale=scores.scale,
-        causal=True,
+        causal=scores.causal,
         window_size=_window(scores),
         softcap=scores.softcap or 0.0,
         alibi_slopes=scores.slopes,
@@ -84,7 +84,8 @@ def rows(t: torch.Tensor) -> torch.Tensor:
 
 def _window(scores: Scores) -> tuple[int, int]:
     """Positions seen (to the left, to the right) beside a query's own; -1: all."""
-    return (-1 if scores.window is None else scores.window - 1, 0)
+    left = -1 if scores.window is None else scores.window - 1
+    return (left, 0 if scores.causal else -1)
 
 
 def _not_for_flash(q: torch.Tensor) -> str | None:

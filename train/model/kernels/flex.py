@@ -28,7 +28,7 @@ def attend(
         k,
         v,
         score_mod=None if slopes is None and not softcap else score,
-        block_mask=_mask(packing.lengths, scores.window, q.device),
+        block_mask=_mask(packing.lengths, scores.window, scores.causal, q.device),
         scale=scores.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -51,12 +51,16 @@ def _compiled() -> Any:
 
 # The layers of one batch ask for the same one, or for two where windows alternate.
 @lru_cache(maxsize=4)
-def _mask(lengths: tuple[int, ...], window: int | None, device: torch.device) -> BlockMask:
+def _mask(
+    lengths: tuple[int, ...], window: int | None, causal: bool, device: torch.device
+) -> BlockMask:
     numbers = torch.arange(len(lengths), device=device)
     document = numbers.repeat_interleave(torch.tensor(lengths, device=device))
 
     def seen(_: Any, __: Any, at: Any, key: Any) -> torch.Tensor:
-        inside = (document[at] == document[key]) & (key <= at)
+        inside = document[at] == document[key]
+        if causal:
+            inside = inside & (key <= at)
         return inside if window is None else inside & (at - key < window)
 
     total = sum(lengths)

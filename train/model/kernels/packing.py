@@ -27,15 +27,18 @@ class Packing:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a decoder scores its keys.
+    """How keys are scored.
 
     scale    factor of q·k
     slopes   float32 [heads] of ALiBi (a key `n` before the query gets `-slope * n`), or None
     window   positions that a query sees, its own among them; None for all before it
     softcap  scores become `softcap * tanh(score / softcap)` (Gemma 2); None for none
+    causal   whether a position sees those before it and itself alone; an encoder's sees all, and
+             has none of the above but the scale
     """
 
     scale: float
     slopes: torch.Tensor | None = None
     window: int | None = None
     softcap: float | None = None
+    causal: bool = True

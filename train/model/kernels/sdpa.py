@@ -18,9 +18,9 @@ def attend(
     """See `kernels.Kernel`. Documents of like length go together, padded at the end."""
     documents = [t[0].transpose(0, 1).split(packing.lengths) for t in (q, k, v)]
     outs: list[torch.Tensor | None] = [None] * len(packing.lengths)
-    for group in alike(packing.lengths):
+    for group in alike(packing.lengths) if scores.causal else equal(packing.lengths):
         lengths = [packing.lengths[i] for i in group]
-        # Padded at the end: causal attention never looks there, so it needs no mask.
+        # Padded at the end, if at all: causal attention never looks there, so it needs no mask.
         q_DhLd, k_DhLd, v_DhLd = (
             pad_sequence([part[i] for i in group], batch_first=True).transpose(1, 2)
             for part in documents
@@ -38,7 +38,7 @@ def attend(
                 k_DhLd,
                 v_DhLd,
                 attn_mask=mask,
-                is_causal=mask is None,
+                is_causal=scores.causal and mask is None,
                 scale=scores.scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -60,6 +60,14 @@ def alike(lengths: tuple[int, ...]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+def equal(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Document numbers in groups of the same length."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(length, []).append(i)
+    return list(groups.values())
 
 
 def _bias(length: int, scores: Scores, like: torch.Tensor) -> torch.Tensor:
