@@ -16,6 +16,7 @@ from train import config as cfg
 from train.engine import Engine, World
 from train.feed import Feed
 from train.loss import counted, mixed
+from train.meter import Meter
 from train.progress import bar, console
 from train.schedule import lr_at
 from train.stopping import Stopped, StopRequest, stop_requests
@@ -106,7 +107,7 @@ class Trainer:
         validation: Validation | None = None,
     ):
         self.config, self.here, self.engine, self.feed = config, here, engine, feed
-        self.validation = validation
+        self.validation, self.meter = validation, Meter(config, here)
         self.tracker, self.tracker_run = tracker, tracker_run
         self.folder = config.run.output / "checkpoints"
         self.step = self.epoch = self.epoch_step = self.trained = 0
@@ -144,6 +145,7 @@ class Trainer:
                     waited = time.perf_counter() - began
                     lr = lr_at(self.step, self.config.train)
                     counts, norm = train_step(self.engine, self.here, batches, lr, weights)
+                    self.meter.count(batches)
                     self._enter(batches)
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
                     step_done()
@@ -195,7 +197,9 @@ class Trainer:
                     "data/skipped": len(self.skipped) + len(counts.skipped),
                     **({"data/ctc_too_long": counts.too_long} if "ctc" in counts.losses else {}),
                     "perf/tokens_per_second": counts.tokens / seconds,
-                    "perf/audio_seconds_per_second": counts.seconds / seconds,
+                    "perf/label_tokens_per_second": counts.labels / seconds,
+                    "perf/audio_hours_per_hour": counts.seconds / seconds,
+                    **self.meter.figures(seconds),
                     "perf/data_wait_share": waited / seconds,
                     "perf/step_seconds": seconds,
                     **validated,

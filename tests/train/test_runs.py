@@ -16,6 +16,10 @@ import torch
 from tests import tiny
 from tests.launch import launch, python, start
 from tests.train.conftest import STEPS, Workspace
+from train import config as cfg
+from train.blueprint import Blueprint
+from train.feed import open_feed
+from train.flops import Flops, sum_work
 
 
 def kill_at(workspace: Workspace, name: str, ranks: int, seed: int, after: int) -> None:
@@ -49,6 +53,25 @@ def same_weights(workspace: Workspace, one: str, other: str) -> bool:
 def test_every_step_is_tracked_once(workspace: Workspace, uninterrupted: str) -> None:
     assert [step for step, _ in workspace.curve(uninterrupted)] == list(range(STEPS))
     assert workspace.checkpoint(uninterrupted).state.step == STEPS
+
+
+def test_the_operations_of_a_step_are_those_of_its_batches(
+    workspace: Workspace, uninterrupted: str
+) -> None:
+    """What two ranks log, against what one would count of the same step."""
+    config = cfg.load(workspace.root / f"{uninterrupted}.yaml")
+    parts = Blueprint.of(config.model, config.losses)
+    flops = Flops(parts.encoder, parts.adapter, parts.decoder)
+    batches = next(iter(open_feed(config).stream.steps(0, 0)))
+    works = [work for b in batches for work in flops.of(flops.useful(b)).values()]
+
+    def first(metric: str) -> float:
+        return workspace.curve(uninterrupted, f"perf/{metric}")[0][1]
+
+    done = 1e12 * first("teraflops_per_second") * first("step_seconds")
+    assert done == pytest.approx(sum_work(works).total, rel=1e-6)
+    assert 0 < first("mfu") < 1
+    assert 0.1 < first("peak_memory_gb") < 10
 
 
 def test_training_lowers_the_loss(workspace: Workspace, uninterrupted: str) -> None:
