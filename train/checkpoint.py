@@ -151,6 +151,11 @@ def find(path: Path) -> Checkpoint:
     )
 
 
+def steps_of(folder: Path) -> list[int]:
+    """Steps of the checkpoints under `folder`, whole or not, in order."""
+    return [int(path.name.removeprefix("step-")) for path in _paths(folder)]
+
+
 def _paths(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir())
 

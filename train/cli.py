@@ -26,13 +26,12 @@ from data.tasks import TaskError
 from data.templates import TemplateError
 from train.checkpoint import CheckpointError
 from train.config import ConfigError
-from train.stopping import Stopped
+from train.stopping import RESUMABLE, Stopped
 
 MENDABLE = (
     ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TaskError,
     TemplateError,
 )  # fmt: skip
-RESUMABLE = 75
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

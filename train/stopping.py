@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+RESUMABLE = 75
+"""Exit status: stopped early, and the same command goes on from there."""
+
 
 class Stopped(Exception):
     """The run ended early on request, with a checkpoint of its last step."""

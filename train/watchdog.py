@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-EXIT = 75  # resumable: the run goes on from its last checkpoint
+from train.stopping import RESUMABLE
 
 
 class Store(Protocol):
@@ -63,7 +63,7 @@ class Watchdog:
         while not self._closed.wait(min(1.0, self._limit / 10)):
             if time.monotonic() - self._since > self._limit:
                 self._report()
-                self._end(EXIT)
+                self._end(RESUMABLE)
                 return
 
     def _report(self) -> None:

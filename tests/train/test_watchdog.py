@@ -5,7 +5,8 @@ import threading
 import pytest
 from torch.distributed import HashStore
 
-from train.watchdog import EXIT, Watchdog
+from train.stopping import RESUMABLE
+from train.watchdog import Watchdog
 
 
 def test_the_rank_that_hangs_is_named(capfd: pytest.CaptureFixture[str]) -> None:
@@ -23,7 +24,7 @@ def test_the_rank_that_hangs_is_named(capfd: pytest.CaptureFixture[str]) -> None
     assert ended.wait(10)
     waiting.close()
     hanging.close()
-    assert codes == [EXIT]
+    assert codes == [RESUMABLE]
     said = capfd.readouterr().err
     assert "watchdog on rank 0: at 'step 7'" in said
     assert "rank 1 on" in said
