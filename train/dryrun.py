@@ -1,111 +1,145 @@
-"""`--dry-run`: what a run would train and hold, from configs alone, without weights."""
+"""`--dry-run`: what a run trains, holds, moves and computes, from configs, without weights."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.table import Table
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from train import config as cfg
-from train.ctc import EmbeddingCTC
+from train.blueprint import Blueprint
 from train.engine import policy
-from train.model import adapters
-from train.model.encoder import LayerSum, SpeechEncoder
-from train.model.lora import add_lora
+from train.flops import Flops
+from train.footprint import ANSWER, PROMPT, SECONDS, Planned, Typical
+from train.memory import Counts, Plan, total
 from train.progress import console
 
-_BYTES = {"bf16": 2, "fp32": 4}
-
-# Architectures of the models that the shipped configs name, so that no hub is asked.
-_KEPT = Path(__file__).parent.parent / "configs" / "models"
-
-
-def architecture(path: str, trust_remote_code: bool) -> PretrainedConfig:
-    """A model's config: of the local folder, else as kept with the configs, else of the hub."""
-    kept = _KEPT / f"{path}.json"
-    source = str(kept) if kept.exists() and not Path(path).exists() else path
-    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+# Of a GPU's memory, what its context, the libraries and the allocator's gaps take.
+_SPARE = 0.08
+_STEP = 256  # token budgets are suggested in multiples of this
 
 
-def groups(config: cfg.Config) -> dict[str, dict[str, int]]:
+def groups(parts: Blueprint) -> dict[str, dict[str, int]]:
     """Parameter counts: {"trained": {part: count}, "frozen": {part: count}}."""
-    model = config.model
-    trust = model.trust_remote_code
-    # Per-language adapters are files of the checkpoint; without them the encoder has one language.
-    settings = model.encoder.model_copy(update={"languages": {}})
-    listener = architecture(model.encoder.path, trust)
-    llm = architecture(model.decoder.path, trust)
-    with torch.device("meta"):
-        whole = AutoModel.from_config(listener, trust_remote_code=trust)
-        encoder = SpeechEncoder(whole, settings)
-        decoder = AutoModelForCausalLM.from_config(llm, trust_remote_code=trust)
-        decoder.requires_grad_(model.decoder.train == "full")
-        if model.decoder.lora is not None:
-            add_lora(decoder, model.decoder.lora, "model.decoder.lora")
-        parts: dict[str, torch.nn.Module] = {
-            "adapter": adapters.make(model.adapter, encoder.width, llm.hidden_size),
-            "encoder": encoder,
-            "decoder": decoder,
-        }
-        if model.encoder.layers == "weighted":
-            parts["layer sum"] = LayerSum(encoder.num_layers)
-        if config.losses.ctc is not None:
-            parts["ctc"] = EmbeddingCTC(llm.hidden_size)
-    trained = {name: _count(part, trained=True) for name, part in parts.items()}
-    trained["layer norm"] = 2 * llm.hidden_size
-    frozen = {name: _count(part, trained=False) for name, part in parts.items()}
+    modules = {"adapter": parts.adapter, "encoder": parts.encoder, "decoder": parts.decoder}
+    modules |= parts.others
+    trained = {name: _count(part, trained=True) for name, part in modules.items()}
+    trained["layer norm"] = 2 * parts.decoder.config.hidden_size
+    frozen = {name: _count(part, trained=False) for name, part in modules.items()}
     return {
         "trained": {name: count for name, count in trained.items() if count},
         "frozen": {name: frozen[name] for name in ("encoder", "decoder")},
     }
 
 
-def memory(config: cfg.Config, parts: dict[str, dict[str, int]], ranks: int) -> dict[str, int]:
-    """Bytes per rank of what a run holds between steps (activations come on top)."""
-    size = _BYTES[config.train.precision]
-    trained = sum(parts["trained"].values())
-    encoder, decoder = parts["frozen"]["encoder"], parts["frozen"]["decoder"]
-    settings = config.model.decoder
-    llm = architecture(settings.path, config.model.trust_remote_code)
-    whole = settings.table == "whole" and settings.train == "none"
-    table = llm.vocab_size * llm.hidden_size if whole else 0
-    return {
-        "decoder, frozen, partitioned": decoder * size // ranks,
-        "encoder": encoder * size // (ranks if config.model.encoder.sharded else 1),
-        "text embedding table": table * size,
-        "trained weights, partitioned": trained * size // ranks,
-        "gradients, float32, partitioned": trained * 4 // ranks,
-        "masters and moments, float32, partitioned": trained * 12 // ranks,
+def counts(parts: Blueprint) -> Counts:
+    """What `train.memory` asks for."""
+    found = groups(parts)
+    table: Any = parts.decoder.get_input_embeddings().weight
+    return Counts(
+        trained=sum(found["trained"].values()),
+        encoder=found["frozen"]["encoder"],
+        decoder=found["frozen"]["decoder"],
+        table=table.numel(),
+    )
+
+
+def planned(config: cfg.Config, ranks: int, gpu_memory: float | None) -> dict[str, Any]:
+    """The plan of one rank of `ranks`, as `--json` writes it; sizes in bytes.
+
+    Args:
+        gpu_memory: GB of one device; given, also what a micro-batch of `data.tokens_per_bin`
+            positions takes, and the largest budget that fits. That runs the model on fake tensors,
+            which takes some seconds.
+    """
+    parts = Blueprint.of(config.model, config.losses)
+    plan = Plan(config, policy(config.train), counts(parts), ranks)
+    tokens = config.data.tokens_per_bin
+    batch = Typical(config, parts.encoder).batch(tokens)
+    flops = Flops(parts.encoder, parts.adapter, parts.decoder)
+    positions = sum(batch.lengths)
+    memory: dict[str, Any] = {**plan.held(), "communication": plan.buffers()}
+    found: dict[str, Any] = {
+        "parameters": groups(parts),
+        "ranks": ranks,
+        "memory": memory,
+        "moved_per_step": plan.moved(math.ceil(config.data.bins_per_step / ranks)),
+        "flops_per_token": {
+            part: work.total / positions for part, work in flops.of(flops.useful(batch)).items()
+        },
     }
+    if gpu_memory is None:
+        return found
+    room = gpu_memory * 1e9 * (1 - _SPARE) - total(memory)
+    try:
+        model = Planned(config)
+        memory["activations"] = {"at most": model.peak(tokens)}
+        found["largest_tokens_per_bin"] = largest(model, room)
+    except RuntimeError as e:  # what fake tensors cannot do: the rest of the plan stands
+        found["activations_unknown"] = f"{type(e).__name__}: {e}".splitlines()[0]
+    return found
 
 
-def dry_run(config: cfg.Config, json_path: Path | None, ranks: int = 1) -> None:
-    """Print resolved config, parameter groups and memory; optionally write them as JSON."""
-    policy(config.train)
-    parts = groups(config)
-    plan = memory(config, parts, ranks)
+def largest(model: Planned, room: float) -> int:
+    """The largest token budget whose activations fit into `room` bytes; 0 if none does.
+
+    Activations grow with the positions in a straight line, but for what a single bin takes in any
+    case: two budgets give it.
+    """
+    small, large = ((n, model.peak(n)) for n in (2048, 8192))
+    lengths = [sum(model.typical.batch(n).lengths) for n, _ in (small, large)]
+    slope = (large[1] - small[1]) / (lengths[1] - lengths[0])
+    base = small[1] - slope * lengths[0]
+    return max(0, int((room - base) / slope) // _STEP * _STEP)
+
+
+def dry_run(
+    config: cfg.Config,
+    json_path: Path | None,
+    ranks: int = 1,
+    gpu_memory: float | None = None,
+) -> None:
+    """Print the resolved config and its plan (see `planned`); optionally write them as JSON."""
+    found = planned(config, ranks, gpu_memory)
     console.print(yaml.safe_dump(config.resolved(), sort_keys=False))
-    table = Table(title="parameters")
-    for name, justify in (("group", "left"), ("part", "left"), ("count", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for group, members in parts.items():
-        for part, count in members.items():
-            table.add_row(group, part, f"{count:,}")
-    console.print(table)
-    table = Table(title=f"memory between steps, per rank, {ranks} ranks")
-    table.add_column("what")
-    table.add_column("MB", justify="right")
-    for what, size in plan.items():
-        table.add_row(what, f"{size / 1e6:,.1f}")
-    console.print(table)
+    _show("parameters", found["parameters"], "count", 1)
+    _show(f"memory of each of {ranks} ranks", found["memory"], "MB", 1e6)
+    moved = {"received": found["moved_per_step"]}
+    _show("communication of a step, per rank", moved, "MB", 1e6)
+    _show("operations per LLM position", {"": found["flops_per_token"]}, "GFLOP", 1e9)
+    console.print(
+        f"planned with utterances of {SECONDS:g} s, {PROMPT} tokens of prompt and {ANSWER} of "
+        f"answer; data.tokens_per_bin is {config.data.tokens_per_bin}"
+    )
+    if "activations_unknown" in found:
+        console.print(f"activations are not known: {found['activations_unknown']}")
+    elif gpu_memory is not None:
+        fits = found["largest_tokens_per_bin"]
+        console.print(
+            f"largest data.tokens_per_bin that fits {gpu_memory:g} GB: {fits}"
+            if fits
+            else f"does not fit {gpu_memory:g} GB: see memory; more ranks, ZeRO-3 or offload"
+        )
     if json_path is not None:
-        tree: dict[str, Any] = {"config": config.resolved(), "parameters": parts, "memory": plan}
+        tree = {"config": config.resolved(), **found}
         json_path.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def _show(title: str, groups: dict[str, dict[str, float]], unit: str, scale: float) -> None:
+    table = Table(title=title)
+    for name, justify in (("part", "left"), ("what", "left"), (unit, "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for group, members in groups.items():
+        for what, value in members.items():
+            table.add_row(group, what, f"{value / scale:,.{0 if scale == 1 else 1}f}")
+    if len(groups) > 1 and scale != 1:
+        table.add_row("all", "", f"{sum(sum(m.values()) for m in groups.values()) / scale:,.1f}")
+    console.print(table)
 
 
 def _count(module: torch.nn.Module, trained: bool) -> int:

@@ -148,7 +148,16 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print config, parameter groups and memory; stop"
+        "--dry-run",
+        action="store_true",
+        help="print config, parameter groups, memory, communication and operations; stop",
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: ranks in all")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="with --dry-run: of one GPU; also activations, and the largest token budget that fits",
     )
     parser.add_argument("--json", type=Path, help="with --dry-run: write the same as JSON")
     parser.add_argument(
@@ -161,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = cfg.load(args.config, args.set)
     if args.dry_run:
-        dry_run(config, args.json)
+        dry_run(config, args.json, args.gpus, args.gpu_memory)
         return
     with world() as here:
         run(config, here, args.profile)

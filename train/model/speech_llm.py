@@ -66,7 +66,7 @@ class SpeechEmbeddings(nn.Module):
         hidden = table.shape[1]
         self.eps = 1e-5
         # Slots start at the scale of the text embeddings they will stand among.
-        self.weight = nn.Parameter(torch.full((hidden,), table.float().std().item()))
+        self.weight = nn.Parameter(table.float().std().cpu().repeat(hidden))
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.register_buffer("table", table[:0] if lookup else table, persistent=False)
 
