@@ -45,4 +45,8 @@ else
   echo 'compute-sanitizer is not installed: not run' | tee -a "$out/gpu.md"
 fi
 record 'Benchmark of the ops' "$python" -m benchmarks.ops --device cuda --json "$out/gpu.json"
+for size in mms-1b-bloomz-7b1 whisper-large-llama-8b; do
+  record "One training step: $size" "$python" -m benchmarks.step --device cuda --size "$size" \
+    --tune --json "$out/step-$size.json"
+done
 exit $status
