@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import requests
 
 from data.archive import ShardError
+from data.secrets import redacted
 
 PIPE = "pipe:"
 STALL_SECONDS = 30.0
@@ -32,9 +33,9 @@ def is_remote(address: str) -> bool:
 
 
 def shown(address: str) -> str:
-    """An address as messages name it: a web address without its query, which may hold secrets."""
+    """An address as messages name it: without its query, which may hold secrets, or any others."""
     if not address.startswith("http"):
-        return address
+        return redacted(address)
     parts = urlsplit(address)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -135,7 +136,7 @@ def _run(address: str, sink: Sink) -> None:
                 complaint = (complaint + data)[-500:]
         status = process.wait(STALL_SECONDS)
     except subprocess.TimeoutExpired:
-        raise OSError(f"{address}: closed its output but did not end") from None
+        raise OSError(f"{shown(address)}: closed its output but did not end") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -143,8 +144,8 @@ def _run(address: str, sink: Sink) -> None:
         process.stdout.close()
         process.stderr.close()
     if status:
-        said = " ".join(complaint.decode(errors="replace").split())
-        raise OSError(f"{address}: exit status {status}: {said or 'it said nothing'}")
+        said = redacted(" ".join(complaint.decode(errors="replace").split()))
+        raise OSError(f"{shown(address)}: exit status {status}: {said or 'it said nothing'}")
 
 
 def _outputs(out: IO[bytes], err: IO[bytes], address: str) -> Iterator[tuple[IO[bytes], bytes]]:
@@ -155,7 +156,7 @@ def _outputs(out: IO[bytes], err: IO[bytes], address: str) -> Iterator[tuple[IO[
         while selector.get_map():
             ready = selector.select(STALL_SECONDS)
             if not ready:
-                raise OSError(f"{address}: no output for {STALL_SECONDS:g} s")
+                raise OSError(f"{shown(address)}: no output for {STALL_SECONDS:g} s")
             for key, _ in ready:
                 data = os.read(key.fd, _CHUNK)
                 if data:

@@ -42,13 +42,13 @@ class LocalFile:
     """A shard on a local disk or a mounted one; one open file serves every thread."""
 
     def __init__(self, path: str):
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def read_at(self, offset: int, size: int) -> bytes:
-        return _read_at(self._descriptor, offset, size)
+        return _read_at(self._file.fileno(), offset, size)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
 
 class WebFile:
@@ -181,7 +181,7 @@ def expand(patterns: str | Path | Sequence[str | Path], cache: Cache | None = No
             found.update(dict.fromkeys(_matches(address)))
     for address in found:
         if address.startswith(PIPE) and cache is None:
-            raise ShardError(f"{address}: a command cannot seek; give a cache folder")
+            raise ShardError(f"{shown(address)}: a command cannot seek; give a cache folder")
         if not is_remote(address) and not os.path.isfile(address):
             raise ShardError(f"{address}: no such shard; write shards with data.build")
     return list(found)
