@@ -138,6 +138,8 @@ def test_finished_jobs_are_kept_and_changed_ones_made_anew(tmp_path: Path) -> No
 
     runner = Runner(tmp_path / "jobs", 2)
     assert set(runner.run(jobs("a"))) == {"first", "second"}
+    assert runner.pending(jobs("a")) == []
+    assert [job.name for job in runner.pending(jobs("b"))] == ["first"]
     runner.run(jobs("a"))
     assert out.read_text() == "a"
     runner.run(jobs("b"))

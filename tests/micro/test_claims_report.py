@@ -75,7 +75,6 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 tracker.close()
                 facts = {"uri": "sqlite:///mlflow.db", "run_id": tracker.run_id}
                 (folder / "tracker.json").write_text(json.dumps(facts))
-    figures._read.cache_clear()
     return tmp_path
 
 

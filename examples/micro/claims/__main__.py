@@ -7,6 +7,7 @@ anywhere, the same command goes on. Writes docs/claims.md, docs/claims.json and 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -36,15 +37,20 @@ def main() -> int:
     began = time.monotonic()
     runner = Runner(Path(RUNS) / ".jobs", args.slots)
     todo = jobs(systems, args.seeds, args.ranks)
-    fresh = not runner.folder.exists()
+    pending = len(runner.pending(todo))
     try:
         runner.run(todo)
     except JobFailed as error:
         print(error, file=sys.stderr)
         return 1
     if not args.systems:
-        minutes = (time.monotonic() - began) / 60
-        report.write(args.docs, args.seeds, minutes if fresh else None)
+        took = Path(RUNS) / "minutes.json"  # of all of it in one piece
+        if 0 < pending < len(todo):
+            took.unlink(missing_ok=True)
+        elif pending:
+            took.write_text(json.dumps((time.monotonic() - began) / 60))
+        minutes = json.loads(took.read_text()) if took.exists() else None
+        report.write(args.docs, args.seeds, minutes)
     return 0
 
 

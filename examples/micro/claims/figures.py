@@ -75,8 +75,12 @@ class Outcome:
         return history(tracker["uri"], tracker["run_id"], "train/loss")
 
 
-@cache
 def _read(path: Path) -> Any:
+    return _parsed(path.absolute())
+
+
+@cache
+def _parsed(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -71,9 +71,12 @@ def jobs(systems: Sequence[System], seeds: Sequence[int], ranks: int) -> list[Jo
         ),
     ]  # fmt: skip
     # Seed by seed, so that a run that ends early has whole seeds.
-    runs = [_run(system, seed, ranks) for seed in seeds for system in systems]
-    bounds = _bounds(systems[0], seeds[0])
-    return [*made, *runs, bounds, *(_measured(systems, seed) for seed in seeds)]
+    found = [*made]
+    for seed in seeds:
+        found += [_run(system, seed, ranks) for system in systems]
+        found += [_bounds(systems[0], seed)] if seed == seeds[0] else []
+        found.append(_measured(systems, seed))
+    return found
 
 
 def _measured(systems: Sequence[System], seed: int) -> Job:

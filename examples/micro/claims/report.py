@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from examples.micro.claims import figures as f
 from examples.micro.claims import systems as s
 from examples.micro.claims.figures import Outcome
+from examples.micro.claims.reasons import REASONS, SPREAD
 from examples.micro.claims.table import CLAIMS, FIXED, Claim, Finding, Side, verdict
 from examples.micro.settings import CorpusSettings
 from train.compare import over_seeds
@@ -56,7 +57,7 @@ def _row(claim: Claim, finding: Finding) -> dict[str, object]:
         "seeds": len(finding.seeds),
         "holds": finding.verdict == "holds",
         "verdict": finding.verdict,
-        "note": claim.says if finding.verdict == "holds" else claim.reason or claim.says,
+        "note": claim.says if finding.verdict == "holds" else REASONS.get(claim.number, claim.says),
     }
 
 
@@ -113,7 +114,9 @@ def _page(
     parts += ["", "## What does not hold, or not clearly", ""]
     for claim, findings in found:
         if verdict(findings) != "holds":
-            parts.append(f"- **{claim.number}** ({verdict(findings)}): {claim.reason}")
+            parts.append(
+                f"- **{claim.number}** ({verdict(findings)}): {REASONS.get(claim.number, SPREAD)}"
+            )
     return "\n".join(parts) + "\n"
 
 

@@ -43,6 +43,10 @@ class Runner:
         self.folder, self.slots = folder, slots
         self.began = time.monotonic()
 
+    def pending(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those that are not done, or were done by other commands."""
+        return [job for job in jobs if not self._done(job)]
+
     def run(self, jobs: Sequence[Job]) -> dict[str, float]:
         """Do what is not done yet; returns the seconds of each job, whenever it was done.
 
@@ -50,7 +54,7 @@ class Runner:
             JobFailed: after the jobs beside it have ended.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        waiting = [job for job in jobs if not self._done(job)]
+        waiting = self.pending(jobs)
         done = {job.name for job in jobs} - {job.name for job in waiting}
         if done:
             print(f"{len(done)} of {len(jobs)} jobs are done already", flush=True)
