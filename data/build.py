@@ -80,8 +80,9 @@ def scan(found: Iterable[Utterance | Fault], options: argparse.Namespace) -> dic
         if isinstance(item, Fault):
             split.skipped.append({"key": item.where, "audio": "", "reason": item.reason})
         elif item.key in split.utterances:
-            reason = f"duplicate key: {split.utterances[item.key].audio} has it already"
-            skip = {"key": item.key, "audio": str(item.audio), "reason": reason}
+            first = split.utterances[item.key].audio or "another row"
+            reason = f"duplicate key: {first} has it already"
+            skip = {"key": item.key, "audio": str(item.audio or ""), "reason": reason}
             split.skipped.append(skip)
         else:
             language = item.language or options.language

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from data.audio import SAMPLE_RATE
 from data.prompts import Document, Speech, Text
 
 
@@ -55,7 +56,8 @@ class Sample:
 
     key         of the shard's sample
     document    what the LLM gets and learns to say, some of it heard as slots of `clip`
-    clip        its audio, encoded whether the document uses its slots or not
+    clip        its audio, encoded whether the document uses its slots or not; None for a document
+                of text alone
     read        the same document with the transcript in place of all speech: a teacher's input
     transcript  tokens of the transcript
     words       the transcript's words, where they were aligned
@@ -63,10 +65,15 @@ class Sample:
 
     key: str
     document: Document
-    clip: Clip
+    clip: Clip | None = None
     read: Document | None = None
     transcript: tuple[int, ...] = ()
     words: tuple[Word, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Adapter slots of its clip, 0 without one."""
+        return self.clip.slots if self.clip else 0
 
 
 class Tensors:
@@ -154,6 +161,7 @@ class Batch(Layout):
     frames      [C] valid encoder frames
     slots       [C] adapter slots
     languages   [C]
+    silent      whether the only clip is silence, in place of none
     weight      1.0, or 0.0 for the dummy of an empty bin
     keys        [D] sample keys; none for a dummy
     skipped     content faults found while reading this bin
@@ -166,6 +174,7 @@ class Batch(Layout):
     frames: tuple[int, ...]
     slots: tuple[int, ...]
     languages: tuple[str, ...] = ()
+    silent: bool = False
     weight: float = 1.0
     keys: tuple[str, ...] = ()
     epoch: int = -1
@@ -180,6 +189,11 @@ class Batch(Layout):
     def num_labels(self) -> int:
         """Labels that count for the loss; 0 for a dummy."""
         return len(self.label_ids) if self.weight else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of speech; 0 where the only clip is silence in place of none."""
+        return 0.0 if self.silent else sum(self.samples) / SAMPLE_RATE
 
     @property
     def num_transcript_tokens(self) -> int:
@@ -203,19 +217,27 @@ class Batch(Layout):
 def collate(
     samples: Sequence[Sample],
     *,
+    silence: Clip | None = None,
     epoch: int = -1,
     step: int = -1,
     bin: int = -1,
     skipped: Sequence[Skip] = (),
 ) -> Batch:
-    """Pack samples, one document and one clip each.
+    """Pack samples, one document each, and their clips.
+
+    Where none of them has a clip, encoder and adapter run on `silence`, which no document hears:
+    under ZeRO-3 every rank must run every module equally often.
 
     Raises `ValueError`, naming the key, on slots that the clip does not have, on a label at a
     document's first position, which no output predicts, and where what is read does not have the
     labels of what is heard.
     """
-    clips = [sample.clip for sample in samples]
     heard = lay_out([sample.document for sample in samples], samples)
+    spoken = [sample for sample in samples if sample.clip]
+    silent = not spoken and silence is not None
+    if silent:
+        spoken = [Sample("silence", (), silence)]
+    clips = [sample.clip for sample in spoken if sample.clip]
     return Batch(
         **vars(heard),
         features=_pad_features([clip.features for clip in clips]),
@@ -223,20 +245,21 @@ def collate(
         frames=tuple(clip.frames for clip in clips),
         slots=tuple(clip.slots for clip in clips),
         languages=tuple(clip.language for clip in clips),
+        silent=silent,
         keys=tuple(sample.key for sample in samples),
         epoch=epoch,
         step=step,
         bin=bin,
         skipped=tuple(skipped),
         read=_lay_out_read(heard, samples),
-        transcripts=_spell(samples),
-        words=_place_words(samples),
+        transcripts=_spell(spoken),
+        words=_place_words(spoken),
     )
 
 
 def lay_out(documents: Sequence[Document], samples: Sequence[Sample]) -> Layout:
     """Pack one document of each sample; raises as `collate` does."""
-    first_rows = np.cumsum([0, *(sample.clip.slots for sample in samples)])
+    first_rows = np.cumsum([0, *(sample.slots for sample in samples)])
     sources: list[np.ndarray] = []
     labelled: list[np.ndarray] = []
     lengths: list[int] = []
@@ -282,7 +305,7 @@ def dummy_batch(
     )
     where = {"epoch": epoch, "step": step, "bin": bin}
     batch = collate([sample], skipped=skipped, **where)
-    return dataclasses.replace(batch, weight=0.0, keys=())
+    return dataclasses.replace(batch, weight=0.0, keys=(), silent=True)
 
 
 def _lay_out_read(heard: Layout, samples: Sequence[Sample]) -> Layout | None:
@@ -311,7 +334,7 @@ def _spell(samples: Sequence[Sample]) -> Transcripts:
         tokens = sample.transcript
         # Between two of the same token CTC needs a blank.
         repeats = sum(a == b for a, b in pairwise(tokens))
-        fits = len(tokens) + repeats <= sample.clip.slots
+        fits = len(tokens) + repeats <= sample.slots
         too_long += not fits
         tokens = tokens if fits else ()
         alphabet = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
@@ -323,7 +346,7 @@ def _spell(samples: Sequence[Sample]) -> Transcripts:
     for row, alphabet in enumerate(alphabets):
         ids[row, : len(alphabet)] = list(alphabet)
         unused[row, : len(alphabet)] = False
-    slots = [sample.clip.slots for sample in samples]
+    slots = [sample.slots for sample in samples]
     return Transcripts(
         ids=torch.from_numpy(ids),
         unused=torch.from_numpy(unused),
@@ -342,15 +365,15 @@ def _place_words(samples: Sequence[Sample]) -> Spoken:
     first = 0
     for sample in samples:
         for word in sample.words:
-            if word.start < 0 or word.start + word.count > sample.clip.slots:
+            if word.start < 0 or word.start + word.count > sample.slots:
                 raise ValueError(
                     f"{sample.key}: a word lies in slots {word.start} to "
-                    f"{word.start + word.count}, but its clip has {sample.clip.slots}"
+                    f"{word.start + word.count}, but its clip has {sample.slots}"
                 )
             if word.count and word.ids:  # else there is nothing to compare
                 slot_rows.append(first + word.start + np.arange(word.count))
                 tokens.append(word.ids)
-        first += sample.clip.slots
+        first += sample.slots
 
     def starts(parts: Sequence[Sized]) -> torch.Tensor:
         return torch.from_numpy(np.cumsum([0, *map(len, parts)])[: len(parts)])
@@ -367,10 +390,10 @@ def _source(part: Text | Speech, sample: Sample, first_row: int) -> np.ndarray:
     """int64 source entries of one part of a document."""
     if isinstance(part, Text):
         return np.asarray(part.ids, dtype=np.int64)
-    if part.start < 0 or part.count < 0 or part.start + part.count > sample.clip.slots:
+    if part.start < 0 or part.count < 0 or part.start + part.count > sample.slots:
         raise ValueError(
             f"{sample.key}: slots {part.start} to {part.start + part.count} are asked for, but its "
-            f"clip has {sample.clip.slots}"
+            f"clip has {sample.slots}"
         )
     return -1 - np.arange(first_row + part.start, first_row + part.start + part.count)
 

@@ -7,6 +7,7 @@ left out, so that a second run skips what is done and still reports all of it.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ FIELDS = {
     "text": pa.string(),
     "language": pa.string(),
     "speaker": pa.string(),
+    # Of a shard of texts, which has no such member; else the index fills them in.
+    "flac_offset": pa.int64(),
+    "flac_size": pa.int64(),
 }
+_NO_AUDIO = {"num_samples": 0, "flac_offset": -1, "flac_size": 0}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def convert(job: Job, done: Any) -> Outcome:
                 seconds += row.columns["num_samples"] / SAMPLE_RATE
                 yield row
             else:
-                where = {"key": utterance.key, "audio": str(utterance.audio)}
+                where = {"key": utterance.key, "audio": str(utterance.audio or "")}
                 skipped.append({**where, "reason": row})
             _advance(done, 1)
 
@@ -100,14 +105,16 @@ def _row(utterance: Utterance, max_seconds: float) -> Row | str:
         return "empty transcript"
     if not utterance.language:
         return "no language: neither the corpus nor --language gives one"
-    if not _exists(utterance.audio):
-        return "missing file"
-    try:
-        wave = decode(utterance.audio, max_seconds=max_seconds, span=utterance.span)
-    except AudioError as error:
-        return str(error)
-    if is_silent(wave):
-        return "silence: quieter than -70 dBFS throughout"
+    wave = None
+    if utterance.audio is not None:
+        if not _exists(utterance.audio):
+            return "missing file"
+        try:
+            wave = decode(utterance.audio, max_seconds=max_seconds, span=utterance.span)
+        except AudioError as error:
+            return str(error)
+        if is_silent(wave):
+            return "silence: quieter than -70 dBFS throughout"
     about = {
         **utterance.extra,
         "text": utterance.text,
@@ -115,14 +122,17 @@ def _row(utterance: Utterance, max_seconds: float) -> Row | str:
         "language": utterance.language,
         "speaker": utterance.speaker,
         "split": utterance.split,
-        "duration": len(wave) / SAMPLE_RATE,
+        "duration": 0.0 if wave is None else len(wave) / SAMPLE_RATE,
     }
     try:
         encoded = json.dumps({"key": utterance.key, **about}, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"not Unicode: {error}"
-    columns = {"num_samples": len(wave), **{name: about[name] for name in list(FIELDS)[1:]}}
-    return Row(utterance.key, {"flac": encode_flac(wave), "json": encoded}, columns)
+    columns = _NO_AUDIO | {name: about[name] for name in ("text", "language", "speaker")}
+    if wave is None:
+        return Row(utterance.key, {"json": encoded}, columns)
+    members = {"flac": encode_flac(wave), "json": encoded}
+    return Row(utterance.key, members, columns | {"num_samples": len(wave)})
 
 
 def _exists(path: Path) -> bool:
@@ -136,13 +146,13 @@ def _fingerprint(job: Job) -> str:
     """SHA-256 of all that the shard depends on; a file by its size and time of change."""
     whole = hashlib.sha256(f"{FORMAT} {job.max_seconds}".encode())
     for utterance in job.utterances:
-        try:
-            stat = utterance.audio.stat()
-            file = [str(utterance.audio), stat.st_size, stat.st_mtime_ns]
-        except OSError:
-            file = [str(utterance.audio)]
+        file: list[Any] = [str(utterance.audio or "")]
+        if utterance.audio is not None:
+            with suppress(OSError):
+                stat = utterance.audio.stat()
+                file += [stat.st_size, stat.st_mtime_ns]
         facts = [
-            *(value for value in vars(utterance).values() if not isinstance(value, Path)),
+            *(value for name, value in vars(utterance).items() if name != "audio"),
             file,
         ]
         whole.update(json.dumps(facts, sort_keys=True).encode())

@@ -32,6 +32,9 @@ class LengthRule(Protocol):
 class LengthTable:
     """LLM positions per sample: prompt, slots or text, and target, without opening a tar.
 
+    A sample without audio is read, and costs the tokens of its text; so is, with `reads`, every
+    transcript by a teacher (`losses.kl`), and a sample then costs the longer of the two documents.
+
     A sample with several targets takes one of them per epoch: the first is drawn from the seed,
     and each epoch takes the next, so that all have their turn; empty answers have none. Its
     length at 16 kHz follows the speed that the epoch plays it at. `words` knows where the words
@@ -49,6 +52,7 @@ class LengthTable:
         augmenter: Augmenter | None = None,
         words: Overlay | None = None,
         interleave: Interleave | None = None,
+        reads: bool = False,
     ):
         """Raises `ValueError` where `interleave` has no `words` to go by."""
         per_target = targets.column("instruction").combine_chunks()
@@ -65,6 +69,8 @@ class LengthTable:
         self._numbers = answered - (np.cumsum(written) - written)[of_sample[answered]]
         self._target_tokens = (answer_tokens + _prompt_tokens(per_target, prompt))[answered]
         self._written_samples = shards.num_samples
+        self._reads = reads
+        self._text_tokens = _text_tokens(shards, prompt, reads)
         self._rule = rule
         self._augmenter = augmenter
         self.words = WordTable(shards, words, prompt, rule, self.num_samples) if words else None
@@ -78,7 +84,7 @@ class LengthTable:
         if self._augmenter and max(self._augmenter.augment.speeds) > 1:
             fastest = self._augmenter.shortest(self._written_samples)
             at_speed = f" at speed {max(self._augmenter.augment.speeds):g}"
-        short = np.flatnonzero(self._rule.slots(fastest) < 1)
+        short = np.flatnonzero((self._rule.slots(fastest) < 1) & (self._written_samples > 0))
         empty = np.flatnonzero(self._counts == 0)
         return dict.fromkeys(
             empty.tolist(), "stage 1 left nothing to train: empty or filtered"
@@ -99,14 +105,29 @@ class LengthTable:
     def tokens(self, epoch: int) -> np.ndarray:
         """[N] int64: LLM positions of each sample in this epoch; refused ones cost their slots."""
         heard = np.asarray(self._rule.slots(self.num_samples(epoch)), dtype=np.int64)
+        given = np.where(self._written_samples > 0, heard, self._text_tokens)
         if self.interleaver:
-            heard = self.interleaver.positions(epoch, heard)
-        return heard + np.append(self._target_tokens, 0)[self._turn(epoch)]
+            given = self.interleaver.positions(epoch, given)
+        if self._reads:
+            given = np.maximum(given, self._text_tokens)
+        return given + np.append(self._target_tokens, 0)[self._turn(epoch)]
 
     def _turn(self, epoch: int) -> np.ndarray:
         """[N] int64: which of the answered targets, or one past them for a sample without any."""
         turn = self._starts + (self._first.astype(np.int64) + epoch) % np.maximum(1, self._counts)
         return np.where(self._counts > 0, turn, len(self._numbers))
+
+
+def _text_tokens(shards: ShardSet, prompt: Prompt, reads: bool) -> np.ndarray:
+    """[N] int64: tokens of the texts that some document has, 0 for the others.
+
+    With `reads` that is all of them, which takes a second for some ten thousand.
+    """
+    found = np.zeros(len(shards), dtype=np.int64)
+    read = np.arange(len(shards)) if reads else np.flatnonzero(shards.num_samples == 0)
+    if len(read):
+        found[read] = prompt.count([text or "" for text in shards.texts.take(read).to_pylist()])
+    return found
 
 
 def _flat_ints(targets: Overlay) -> np.ndarray:

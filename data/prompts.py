@@ -45,6 +45,8 @@ class Spelling:
     word_ends: np.ndarray
 
 
+_BATCH = 4096  # texts that are tokenised at once
+
 # From the template's instruction to its input, or the other way round.
 _BETWEEN = re.compile(r"\{instruction\}.*\{input\}|\{input\}.*\{instruction\}", flags=re.DOTALL)
 
@@ -105,6 +107,14 @@ class Prompt:
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, no special tokens added."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def count(self, texts: Sequence[str]) -> np.ndarray:
+        """[texts] int64: tokens of each, as `encode` would give them."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return np.array([len(self.encode(text)) for text in texts], dtype=np.int64)
+        parts = (texts[at : at + _BATCH] for at in range(0, len(texts), _BATCH))
+        found = (self._tokenizer(list(p), add_special_tokens=False)["input_ids"] for p in parts)
+        return np.array([len(ids) for part in found for ids in part], dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

@@ -50,7 +50,7 @@ def measure_packing(plan: Plan, costs: np.ndarray, budget: float, epoch: int = 0
         efficiency=float(filled.sum() / (budget * len(filled))) if len(filled) else 0.0,
         mean_imbalance=float(over.mean()),
         max_imbalance=float(over.max()),
-        padded_efficiency=float(filled.sum() / longest.sum()) if len(longest) else 0.0,
+        padded_efficiency=float(filled.sum() / longest.sum()) if longest.any() else 0.0,
     )
 
 

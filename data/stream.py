@@ -8,7 +8,7 @@ the system refuses is tried again, with growing pauses, and then stops the run.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -23,7 +23,7 @@ from data.plan import Plan, bins_of
 from data.prompts import Document, Prompt, Text
 from data.retry import retried
 from data.shards import Overlay, ShardSet
-from data.targets import parse_targets
+from data.targets import Target, parse_targets
 from data.workers import in_workers
 
 Featurize = Callable[[np.ndarray], np.ndarray]
@@ -70,18 +70,20 @@ class Stream:
         augment: Augment | None = None,
         words: Overlay | None = None,
         interleave: Interleave | None = None,
+        reads: bool = False,
     ) -> "Stream":
         """Derive the length table and the plan from the data, and stream by them.
 
         With `words` (word times) samples know where their words are, and `interleave` can put
-        some of them as text. Raises `AugmentError` where `augment` cannot be done to this data.
+        some of them as text; with `reads` they have what a teacher reads. Raises `AugmentError`
+        where `augment` cannot be done to this data.
         """
         augmenter = Augmenter(augment, len(shards), seed) if augment else None
         if augmenter:  # that masks fit the features is known now, not in the first step
             augmenter.features(silent_clip(rule, featurize).features, 0, 0)
         lengths = LengthTable(
             shards, targets, prompt, rule, seed=seed, augmenter=augmenter, words=words,
-            interleave=interleave,
+            interleave=interleave, reads=reads,
         )  # fmt: skip
         plan = Plan(
             shards.shard_of,
@@ -94,7 +96,9 @@ class Stream:
             window_shards=window_shards,
             refused=lengths.refused() | targets.lost | shards.lost,
         )
-        return cls(shards, targets, prompt, rule, featurize, lengths, plan, augmenter, workers)
+        return cls(
+            shards, targets, prompt, rule, featurize, lengths, plan, augmenter, workers, reads=reads
+        )
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Global steps of this epoch."""
@@ -134,6 +138,8 @@ class Stream:
         if not chosen.ids:
             raise ContentError("stage 1's answer is empty, but its index says that it is not")
         planned = int(self.shards.num_samples[i])
+        if not planned:
+            return self._read_text(i, chosen)
         data = self._retried(lambda: self.shards.read(i, "flac"), self.shards.shard_name(i), i)
         wave = decode(data, max_seconds=planned / SAMPLE_RATE + 1)
         if len(wave) != planned:
@@ -155,6 +161,13 @@ class Stream:
             transcript=tuple(self.prompt.encode(text)) if self.spells else (),
             words=words,
         )
+
+    def _read_text(self, i: int, chosen: Target) -> Sample:
+        """Sample i, which has no audio: its text stands where others have their slots."""
+        text = Text(tuple(self.prompt.encode(self.shards.texts[i].as_py() or "")))
+        answer = self.prompt.answer(chosen.ids, chosen.finished)
+        document = (*self.prompt.with_parts(chosen.instruction, (text,)), answer)
+        return Sample(self.shards.key(i), document, read=document if self.reads else None)
 
     def _words(self, i: int, epoch: int, clip: Clip) -> tuple[Document, tuple[Word, ...]]:
         """Sample i's input where it is interleaved, and its words where they are known."""
@@ -219,7 +232,10 @@ class _BinReader(Dataset):
                 made.append(stream.read(i, int(self._target_of[i]), self._epoch))
             except (ContentError, AudioError) as error:
                 skipped.append(Skip(stream.shards.key(i), str(error)))
-        where = {"epoch": self._epoch, "step": step, "bin": number}
-        if made:
+        where: dict[str, Any] = {"epoch": self._epoch, "step": step, "bin": number}
+        if made and any(sample.clip for sample in made):
             return collate(made, skipped=skipped, **where)
-        return dummy_batch(silent_clip(stream.rule, stream.featurize), skipped=skipped, **where)
+        silence = silent_clip(stream.rule, stream.featurize)
+        if made:
+            return collate(made, silence=silence, skipped=skipped, **where)
+        return dummy_batch(silence, skipped=skipped, **where)

@@ -7,7 +7,8 @@
       instruction: "Say it in German."
       origin: "our own"             paper, data set or author
       heldout: false                kept out of training, to measure unseen wordings
-      answer: llm                   `llm` answers, or the target is the `transcript` itself
+      answer: llm                   `llm` answers, or the target is the `transcript` itself, or the
+                                    row's own `output` (of instruction data, see `data.corpora`)
       answer_language: de           what the answer must be in: a code, "*" for the utterance's
                                     own, or "" for any (see `data.filters`)
 
@@ -41,7 +42,7 @@ class Template:
     instruction: str
     heldout: bool = False
     origin: str = ""
-    answer: Literal["llm", "transcript"] = "llm"
+    answer: Literal["llm", "transcript", "output"] = "llm"
     answer_language: str = ""
 
     def fits(self, language: str) -> bool:
@@ -114,8 +115,10 @@ def _template(row: Any, where: str) -> Template:
         if not isinstance(value, kind):
             # YAML reads a bare `no` (Norwegian) as False.
             raise TemplateError(f"{where}: {name} must be quoted text, found {value!r}")
-    if row.get("answer", "llm") not in ("llm", "transcript"):
-        raise TemplateError(f"{where}: answer must be llm or transcript, found {row['answer']!r}")
+    if row.get("answer", "llm") not in ("llm", "transcript", "output"):
+        raise TemplateError(
+            f"{where}: answer must be llm, transcript or output, found {row['answer']!r}"
+        )
     if row["instruction"].count("{input}") > 1:
         raise TemplateError(f"{where}: instruction may hold {{input}} once, found {row!r}")
     return Template(**row)

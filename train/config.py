@@ -79,7 +79,13 @@ class Encoder(Section):
     lora: LoRA | None = None
 
 
-class ConvAdapter(Section):
+class AnyAdapter(Section):
+    train: bool = True
+    """False leaves it as it is made, with its last norm and the encoder's weighted layers: for a
+    run without speech (BLSP's preparation), or one that trains low-rank updates alone."""
+
+
+class ConvAdapter(AnyAdapter):
     """BLSP's: strided convolutions with GLU, then a residual bottleneck."""
 
     kind: Literal["conv"] = "conv"
@@ -89,7 +95,7 @@ class ConvAdapter(Section):
     """Width of the residual bottleneck after the convolutions (BLSP: 512)."""
 
 
-class StackMLPAdapter(Section):
+class StackMLPAdapter(AnyAdapter):
     """AZeroS's and Ultravox's kind: frames joined side by side, then two linear layers."""
 
     kind: Literal["stack_mlp"]
@@ -99,7 +105,7 @@ class StackMLPAdapter(Section):
     """Width between the two layers; None for the LLM's."""
 
 
-class EBranchformerAdapter(Section):
+class EBranchformerAdapter(AnyAdapter):
     """BLOOMZMMS's: an E-Branchformer between a convolution x4 and one x2."""
 
     kind: Literal["ebranchformer"]
@@ -166,6 +172,13 @@ class Model(Section):
     decoder: Decoder
     ops: Literal["auto", "fused", "reference"] = "auto"
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Model:
+        llm = self.decoder.lora or self.decoder.train == "full"
+        if not (self.adapter.train or llm or self.encoder.lora):
+            raise ValueError("nothing is trained; set adapter.train or decoder.train, or add lora")
+        return self
 
 
 class Data(Section):

@@ -29,11 +29,14 @@ def groups(parts: Blueprint) -> dict[str, dict[str, int]]:
     modules = {"adapter": parts.adapter, "encoder": parts.encoder, "decoder": parts.decoder}
     modules |= parts.others
     trained = {name: _count(part, trained=True) for name, part in modules.items()}
-    trained["layer norm"] = 2 * parts.decoder.config.hidden_size
+    if trained["adapter"]:
+        trained["layer norm"] = 2 * parts.decoder.config.hidden_size
     frozen = {name: _count(part, trained=False) for name, part in modules.items()}
     return {
         "trained": {name: count for name, count in trained.items() if count},
-        "frozen": {name: frozen[name] for name in ("encoder", "decoder")},
+        "frozen": {
+            name: count for name, count in frozen.items() if count or name in ("encoder", "decoder")
+        },
     }
 
 

@@ -279,17 +279,22 @@ class Engine:
 
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
-        """Float32 masters of what is trained, whole, on the CPU. A collective."""
-        return {name: self._get(p) for name, p in self._params.items()}
+        """Float32 masters of what is trained, whole, on rank 0's CPU; elsewhere none. A collective.
+
+        On one rank alone: of a whole LLM, with its moments, they take 12 bytes a parameter.
+        """
+        found = ((name, self._get(p)) for name, p in self._params.items())
+        return {name: value for name, value in found if self.here.rank == 0}
 
     @torch.no_grad()
     def moments(self) -> dict[str, torch.Tensor]:
-        """Adam's moments as `moment/name`, whole, on the CPU. A collective."""
-        return {
-            f"{moment}/{name}": self._get(p, moment)
+        """Adam's moments as `moment/name`, like `weights`. A collective."""
+        found = (
+            (f"{moment}/{name}", self._get(p, moment))
             for moment in MOMENTS
             for name, p in self._params.items()
-        }
+        )
+        return {name: value for name, value in found if self.here.rank == 0}
 
     @torch.no_grad()
     def load(

@@ -73,10 +73,10 @@ def open_feed(config: cfg.Config) -> Feed:
         augment=data.augment,
         words=words,
         interleave=data.interleave,
+        reads=config.losses.kl is not None,
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch = data.prefetch
-    stream.reads = config.losses.kl is not None
     stream.spells = config.losses.ctc is not None
     facts = {
         **order,
@@ -86,6 +86,8 @@ def open_feed(config: cfg.Config) -> Feed:
         "lengths": repr(rule),
         "augment": stream.augmenter.facts() if stream.augmenter else None,
     }
+    if stream.reads:  # what is read counts for the length of a sample
+        facts |= {"reads": True}
     if words:
         interleave = vars(data.interleave) if data.interleave else None
         facts |= {"words": words.digest, "interleave": interleave}

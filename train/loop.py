@@ -26,8 +26,6 @@ from train.validation import Validation
 if TYPE_CHECKING:
     from data.collate import Batch
 
-SAMPLE_RATE = 16_000
-
 
 class NonFinite(ArithmeticError):
     """The loss of a step is not a number; the update was not made."""
@@ -71,7 +69,7 @@ def train_step(
         *torch.stack(losses).double().sum(0).tolist(),
         sum(b.num_labels for b in batches),
         sum(b.source.numel() * b.weight for b in batches),
-        sum(sum(b.samples) * b.weight for b in batches) / SAMPLE_RATE,
+        sum(b.seconds for b in batches),
         sum(len(b.keys) for b in batches),
         sum(b.transcripts.too_long for b in batches if b.transcripts),
     )

@@ -189,7 +189,7 @@ def _read_ends(config: cfg.Config) -> None:
     """Open all indexes, and read audio from the first and the last shard."""
     shards = ShardSet.open(list(config.data.shards), open_cache(config.data))
     for i in (0, len(shards) - 1):
-        shards.read(i, "flac")
+        shards.read(i, "flac" if shards.num_samples[i] else "json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,15 @@ cannot read; it opens no audio. `READERS` has them by the name that `data.build`
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.corpora import common_voice, covost, fleurs, gigaspeech, librispeech, manifest
+from data.corpora import (
+    common_voice,
+    covost,
+    fleurs,
+    gigaspeech,
+    instructions,
+    librispeech,
+    manifest,
+)
 from data.corpora.utterance import CorpusError, Fault, Utterance
 
 Reader = Callable[[Path], Iterator[Utterance | Fault]]
@@ -16,6 +24,7 @@ READERS: dict[str, Reader] = {
     "covost": covost.read,
     "fleurs": fleurs.read,
     "gigaspeech": gigaspeech.read,
+    "instructions": instructions.read,
     "librispeech": librispeech.read,
     "manifest": manifest.read,
 }

@@ -11,7 +11,7 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording with its transcript.
+    """One recording with its transcript; or, without `audio`, a text that is only read.
 
     `text` is normalised as the corpus's reader documents, `raw_text` as found; `language` and
     `split` are None where the corpus does not say; `extra` is kept in the shard's JSON. `span` is
@@ -19,7 +19,7 @@ class Utterance:
     """
 
     key: str
-    audio: Path
+    audio: Path | None
     text: str
     raw_text: str
     language: str | None

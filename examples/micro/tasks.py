@@ -7,6 +7,7 @@ it was not aligned on.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from examples.micro import lexicon as lex
@@ -148,6 +149,20 @@ def evaluation_rows(key: str, meaning: Meaning, language: str, index: int) -> li
             }
             rows.append(row | ({"options": CHOICES[task]} if task in CHOICES else {}))
     return rows
+
+
+def instruction_rows(meanings: Iterable[tuple[Meaning, str]]) -> Iterator[dict]:
+    """Alpaca's form, one row for each meaning and language; tasks and their wordings in turn."""
+    for index, (meaning, language) in enumerate(meanings):
+        known = tasks(language)
+        turn, task = index // len(known), known[index % len(known)]
+        wording = WORDINGS[task][0]
+        yield {
+            "instruction": wording[turn % len(wording)],
+            "input": sentence(meaning, language),
+            "output": answer(task, meaning, language),
+            "language": language,
+        }
 
 
 def prompt_rows() -> list[dict]:

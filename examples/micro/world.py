@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -90,7 +91,8 @@ def make(out: Path, models: list[str], processes: int) -> None:
 
 
 def write_tasks(out: Path) -> None:
-    """The wordings and what is asked about each test utterance: quick, so never cached."""
+    """The wordings, what is asked about each test utterance, and instructions with answers to
+    train an LLM on (`configs/micro/blsp_prepare.yaml`): quick, so never cached."""
     text = yaml.safe_dump(tasks.prompt_rows(), allow_unicode=True, sort_keys=False)
     (out / "prompts.yaml").write_text(text, encoding="utf-8")
     rows = [
@@ -100,8 +102,15 @@ def write_tasks(out: Path) -> None:
             utterance.key, utterance.meaning, utterance.language, index
         )
     ]
+    _write_rows(out / "tasks.jsonl", rows)
+    spoken = corpus.plan(CORPUS, "train")
+    pairs = ((utterance.meaning, utterance.language) for utterance in spoken)
+    _write_rows(out / "instructions.jsonl", tasks.instruction_rows(pairs))
+
+
+def _write_rows(path: Path, rows: Iterable[dict]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (out / "tasks.jsonl").write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def make_corpus(out: Path, processes: int, board: Board) -> None:

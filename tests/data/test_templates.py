@@ -106,7 +106,7 @@ def test_too_few_wordings_and_none() -> None:
         ({"color": 1}, "unknown"),
         ({"language": False}, "language must be quoted text, found False"),
         ({"heldout": "yes"}, "heldout"),
-        ({"answer": "nobody"}, "answer must be llm or transcript"),
+        ({"answer": "nobody"}, "answer must be llm, transcript or output"),
         ({"instruction": "{input} {input}"}, "may hold {input} once"),
         ({"name": "n0"}, r"names must be unique, but ['n0'] come twice"),
     ],

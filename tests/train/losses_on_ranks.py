@@ -26,10 +26,12 @@ CASES = {
 
 
 def bins(samples: mix.Samples) -> list[list[Batch]]:
-    """Two ranks' micro-batches: one has no label, no transcript and no word, one is a dummy."""
+    """Two ranks' micro-batches: one has no label, no transcript and no word, one is a dummy, one
+    has no clip, and one has some documents without."""
+    mixed = collate([samples.written[2], samples.all[0], samples.written[0], samples.all[4]])
     return [
-        [samples.pack([0, 1]), dummy_batch(samples.silence)],
-        [collate([samples.nothing_to_say]), samples.pack([2, 3, 4])],
+        [samples.pack([0, 1]), dummy_batch(samples.silence), samples.pack_written([0, 1])],
+        [collate([samples.nothing_to_say]), samples.pack([2, 3, 4]), mixed],
     ]
 
 

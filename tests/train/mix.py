@@ -24,7 +24,8 @@ ALL = {
 
 
 class Samples:
-    """What is collated, by number; `nothing_to_say` has no label, no transcript and no word."""
+    """What is collated, by number; `nothing_to_say` has no label, no transcript and no word, and
+    the `written` have no clip."""
 
     def __init__(self, config: cfg.Config):
         rule = length_rule(config.model)
@@ -52,9 +53,18 @@ class Samples:
         self.silence = make_clip(np.zeros(8_000, np.float32), rule, featurize)
         silent = prompt.with_speech("continue this", self.silence.slots)
         self.nothing_to_say = Sample("silent", silent, self.silence, (Text((1, 9)),))
+        self.written: list[Sample] = []
+        for n in range(3):
+            asked = Text(tuple(rng.integers(9, 24, size=1 + 4 * n).tolist()))
+            said = prompt.answer(rng.integers(9, 24, size=2 + n).tolist(), True)
+            document = (*prompt.with_parts("continue this", (asked,)), said)
+            self.written.append(Sample(f"written {n}", document, read=document))
 
     def pack(self, numbers: list[int]) -> Batch:
         return collate([self.all[n] for n in numbers])
+
+    def pack_written(self, numbers: list[int]) -> Batch:
+        return collate([self.written[n] for n in numbers], silence=self.silence)
 
 
 def config(

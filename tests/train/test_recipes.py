@@ -12,6 +12,7 @@ import yaml
 from tests import tiny
 from tests.launch import ROOT, launch, python
 from tests.train.conftest import Workspace
+from train import config as cfg
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,10 @@ def world(workspace: Workspace) -> Path:
     ]  # fmt: skip
     (root / "wordings.yaml").write_text(yaml.safe_dump(rows))
     python("-m", "data.align", root / "shards", root / "words", "--model", root / "encoder")
+    pairs = [("repeat this", "the cat sees"), ("continue this", "a dog finds the house")] * 40
+    asked = [{"instruction": i, "output": o, "language": "en"} for i, o in pairs]
+    (root / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    python("-m", "data.build", "instructions", root / "asked.jsonl", root / "asked")
     return root
 
 
@@ -52,6 +57,8 @@ def recipe(root: Path, name: str, tasks: Path) -> Path:
     tree["behave"] |= {"output": f"{folder}-targets", "max_new_tokens": 6}
     if tree["behave"]["templates"].startswith("build/"):
         tree["behave"]["templates"] = str(root / "wordings.yaml")
+    if tree["behave"]["tasks"] == ["instruct"]:
+        tree["data"]["shards"] = [f"{root}/asked/*.tar"]
     tree["train"] |= {"steps": STEPS, "checkpoint_every": STEPS}
     if "evaluate" in tree:
         tree["evaluate"] |= {"shards": [f"{root}/shards/train-*.tar"], "tasks": str(tasks)}
@@ -67,8 +74,9 @@ def test_a_recipe_from_targets_to_scores(
     said = launch("train/main.py", config, ranks=2)
     assert f"train {STEPS}/{STEPS}" in said
     assert workspace.checkpoint(f"recipe-{name}").state.step == STEPS
-    if "evaluate" in yaml.safe_load(config.read_text()):
+    asked = yaml.safe_load(config.read_text()).get("evaluate")
+    if asked:
         rows = world / f"recipe-{name}.json"
         launch("train/evaluate.py", config, "--json", rows, ranks=2)
         inputs = {row["input"] for row in json.loads(rows.read_text())}
-        assert {"speech", "text", "shuffled"} <= inputs
+        assert inputs == set(asked.get("inputs", cfg.Evaluate.model_fields["inputs"].default))

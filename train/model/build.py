@@ -124,6 +124,9 @@ def build(
     elif partition is not None and model.decoder.table == "exchange":
         lookup = ExchangedTable(embed, partition, capacity)
     embeddings = SpeechEmbeddings(decoder, gathered, model.ops, lookup)
+    for part in (adapter, layer_sum, embeddings):
+        if part is not None:
+            part.requires_grad_(model.adapter.train)
     speech_llm = SpeechLLM(
         encoder,
         adapter,

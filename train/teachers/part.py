@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from data.archive import ShardError
 from data.audio import SAMPLE_RATE
 from data.filters import Filters, kind
 from data.prompts import Prompt
+from data.retry import retried
 from data.shards import ShardSet
 from data.templates import Choice, Template
 from train.model.generate import Answer
@@ -37,6 +39,8 @@ class Ask:
     """None where no wording of the task fits the utterance's language."""
     filtered: str
     """Why the LLM need not be asked, or ""."""
+    given: str = ""
+    """The answer, where the template says that it is not the LLM's."""
 
     @property
     def by_llm(self) -> bool:
@@ -87,12 +91,16 @@ class Part:
         keys, languages, texts = (c[items.start : items.stop].to_pylist() for c in columns)
         seconds = shards.num_samples[items.start : items.stop] / SAMPLE_RATE
         self.asks: list[Ask] = []
-        for key, language, text, length in zip(keys, languages, texts, seconds, strict=True):
-            fault = filters.utterance(text, float(length)) or ""
+        rows = zip(items, keys, languages, texts, seconds, strict=True)
+        for number, key, language, text, length in rows:
+            fault = filters.utterance(text, float(length)) or "" if length else ""
             for task, template in choice.of(key, language):
                 unfit = f"{UNFITTING}: none of {task!r} fits language {language!r}"
                 filtered = fault if template else unfit
-                self.asks.append(Ask(key, text, language, task, template, filtered))
+                given = text
+                if template and template.answer == "output":
+                    given = _output(shards, number, template)
+                self.asks.append(Ask(key, text, language, task, template, filtered, given))
         self.questions = {n: self._question(n) for n, ask in enumerate(self.asks) if ask.by_llm}
         by_length = sorted(self.questions.values(), key=lambda q: (len(q.ids), q.number))
         self.batches = [
@@ -126,8 +134,8 @@ class Part:
         filtered = ask.filtered
         if ask.template is None or filtered:
             answer, text = Answer((), False), ""
-        elif answer is None:  # the transcript is the target; no rule about answers applies to it
-            answer, text = Answer(tuple(self._prompt.encode(ask.text)), True), ask.text
+        elif answer is None:  # the target is given; no rule about answers applies to it
+            answer, text = Answer(tuple(self._prompt.encode(ask.given)), True), ask.given
             filtered = "" if answer.ids else "empty"
         else:
             own = ask.template.answer_language
@@ -142,6 +150,17 @@ class Part:
             "finished": answer.finished,
         }
         return target | ({"filtered": filtered} if filtered else {})
+
+
+def _output(shards: ShardSet, i: int, template: Template) -> str:
+    """Sample i's own answer; raises `ShardError` where its row has none."""
+    output = retried(lambda: shards.read_json(i), lambda: shards.shard_name(i)).get("output")
+    if not isinstance(output, str):
+        raise ShardError(
+            f"{shards.shard_name(i)}: {shards.key(i)!r} has no `output`, with which template "
+            f"{template.name!r} answers; build the shards by `data.build instructions`"
+        )
+    return output
 
 
 def summary(records: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
