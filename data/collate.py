@@ -31,7 +31,8 @@ class Clip:
 
     `features` float32 [..., length]: the waveform [S] or log-mel [mel, frames]; `samples` at
     16 kHz, and what the length rule makes of them: valid encoder `frames`, adapter `slots`.
-    `language` as the corpus names it; empty for silence, which has none.
+    `language` as the corpus names it; empty for silence, which has none. `label` is its class,
+    where languages are told apart; -1 for none.
     """
 
     features: np.ndarray
@@ -39,6 +40,7 @@ class Clip:
     frames: int
     slots: int
     language: str = ""
+    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Layout(Tensors):
 
 @dataclass
 class Transcripts(Tensors):
-    """What the clips' slots spell, for a CTC loss whose alphabet is each transcript's own.
+    """What the clips' slots spell, for a CTC loss whose alphabet is each transcript's own; and
+    their language, for one that says it again for each token (BLOOMZMMS, 2404.10922).
 
     A distinct tokens in the richest transcript, U tokens in all that are trained.
 
@@ -125,6 +128,10 @@ class Transcripts(Tensors):
     trained       bool [C]: whether there is
     clip_of_slot  int64 [R]
     too_long      transcripts that do not fit their clip's slots, and so are not trained
+    languages     int64: class + 1 of each clip's language, `repeats` times
+    repeats       [C] on the host: as many as the transcript's tokens, but no more than fit with
+                  the blanks that CTC needs between them; 0 where there is no class or no token
+    told          bool [C]: whether there are any
     """
 
     ids: torch.Tensor
@@ -134,6 +141,9 @@ class Transcripts(Tensors):
     trained: torch.Tensor
     clip_of_slot: torch.Tensor
     too_long: int
+    languages: torch.Tensor
+    repeats: tuple[int, ...]
+    told: torch.Tensor
 
 
 @dataclass
@@ -199,6 +209,11 @@ class Batch(Layout):
     def num_transcript_tokens(self) -> int:
         """Tokens that count for a CTC loss; 0 for a dummy."""
         return sum(self.transcripts.lengths) if self.transcripts and self.weight else 0
+
+    @property
+    def num_language_labels(self) -> int:
+        """Labels that count for a CTC loss of languages; 0 for a dummy."""
+        return sum(self.transcripts.repeats) if self.transcripts and self.weight else 0
 
     @property
     def num_words(self) -> int:
@@ -303,8 +318,7 @@ def dummy_batch(
         transcript=(0,),
         words=(Word(0, 1, (0,)),),
     )
-    where = {"epoch": epoch, "step": step, "bin": bin}
-    batch = collate([sample], skipped=skipped, **where)
+    batch = collate([sample], skipped=skipped, epoch=epoch, step=step, bin=bin)
     return dataclasses.replace(batch, weight=0.0, keys=(), silent=True)
 
 
@@ -347,6 +361,12 @@ def _spell(samples: Sequence[Sample]) -> Transcripts:
         ids[row, : len(alphabet)] = list(alphabet)
         unused[row, : len(alphabet)] = False
     slots = [sample.slots for sample in samples]
+    labels = [sample.clip.label if sample.clip else -1 for sample in samples]
+    told = [
+        min(tokens, (room + 1) // 2) if label >= 0 else 0
+        for tokens, room, label in zip(lengths, slots, labels, strict=True)
+    ]
+    said = [label + 1 for label, n in zip(labels, told, strict=True) for _ in range(n)]
     return Transcripts(
         ids=torch.from_numpy(ids),
         unused=torch.from_numpy(unused),
@@ -355,6 +375,9 @@ def _spell(samples: Sequence[Sample]) -> Transcripts:
         trained=torch.tensor(lengths, dtype=torch.int64) > 0,
         clip_of_slot=torch.from_numpy(np.repeat(np.arange(len(slots)), slots)),
         too_long=too_long,
+        languages=torch.tensor(said, dtype=torch.int64),
+        repeats=tuple(told),
+        told=torch.tensor(told, dtype=torch.int64) > 0,
     )
 
 

@@ -18,6 +18,7 @@ from data.audio import SAMPLE_RATE, AudioError, decode
 from data.augment import Augment, Augmenter
 from data.collate import Batch, Clip, Sample, Skip, Word, collate, dummy_batch
 from data.interleave import Interleave
+from data.languages import LanguageLabels
 from data.lengths import LengthRule, LengthTable
 from data.plan import Plan, bins_of
 from data.prompts import Document, Prompt, Text
@@ -50,6 +51,7 @@ class Stream:
     prefetch: int = 4  # batches that each worker keeps ready
     reads: bool = False  # samples have what a teacher reads
     spells: bool = False  # samples have their transcript's tokens
+    labels: LanguageLabels = field(default_factory=lambda: LanguageLabels(()))  # of clips
     wait_seconds: float = field(default=0.0, init=False)  # spent waiting for data so far
 
     @classmethod
@@ -180,11 +182,12 @@ class Stream:
 
     def _clip(self, wave: np.ndarray, i: int, epoch: int) -> Clip:
         language = self.shards.languages[i].as_py()
+        of = {"language": language, "label": self.labels(language)}
         if self.augmenter is None:
-            return replace(make_clip(wave, self.rule, self.featurize), language=language)
+            return replace(make_clip(wave, self.rule, self.featurize), **of)
         clip = make_clip(self.augmenter.wave(wave, i, epoch), self.rule, self.featurize)
         features = self.augmenter.features(clip.features, i, epoch)
-        return replace(clip, features=features, language=language)
+        return replace(clip, features=features, **of)
 
     def _retried(self, read: Callable[[], T], shard: str, i: int) -> T:
         return retried(read, lambda: f"{shard}: sample {self.shards.key(i)!r}")

@@ -60,7 +60,8 @@ class Blueprint:
             if model.decoder.lora is not None:
                 add_lora(decoder, model.decoder.lora, "model.decoder.lora")
             adapter = adapters.make(model.adapter, encoder.width, llm.hidden_size)
-            if model.encoder.layers == "weighted":
+            adapter.requires_grad_(model.adapter.train)
+            if model.encoder.layers == "weighted" and model.adapter.train:
                 others["layer sum"] = LayerSum(encoder.num_layers)
             if losses.ctc is not None:
                 others["ctc"] = EmbeddingCTC(llm.hidden_size)

@@ -29,6 +29,7 @@ from pydantic import (
 from data.augment import Augment
 from data.filters import Filters
 from data.interleave import Interleave
+from data.languages import LanguageLabels
 
 
 class ConfigError(ValueError):
@@ -122,6 +123,22 @@ class EBranchformerAdapter(AnyAdapter):
     dropout: float = Field(0.0, ge=0, lt=1)
     layerdrop: float = Field(0.0, ge=0, lt=1)
     """Share of blocks that are passed over in training (they run all the same)."""
+    languages: tuple[str, ...] = ()
+    """Languages that a head behind `language_block` tells apart, slot by slot; what it finds goes
+    into the blocks behind it, and `losses.language` trains it. A code of the corpus each, `a|b`
+    where it has several; or the path of a YAML list of them."""
+    language_block: int = Field(3, ge=1)
+
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        # Kept as a list in checkpoints, since the file may change and the order is the classes'.
+        if not isinstance(value, str):
+            return value
+        try:
+            return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as e:
+            raise ValueError(f"no YAML list of languages: {e}") from None
 
     @model_validator(mode="after")
     def _fits(self) -> EBranchformerAdapter:
@@ -129,6 +146,9 @@ class EBranchformerAdapter(AnyAdapter):
             raise ValueError(f"width must be a multiple of 2 x {self.heads} heads")
         if not self.kernel % 2 or self.cgmlp % 2:
             raise ValueError("kernel must be odd and cgmlp even")
+        LanguageLabels(self.languages)
+        if self.languages and self.language_block > self.blocks:
+            raise ValueError(f"language_block must be at most blocks = {self.blocks}")
         return self
 
 
@@ -346,6 +366,13 @@ class EmbeddingCTC(Section):
     """Of the logits: embeddings of a small norm make flat distributions."""
 
 
+class LanguageCTC(Section):
+    """BLOOMZMMS's first stage, beside `ctc`: slots say the clip's language, once for each token of
+    its transcript (needs `model.adapter.languages`)."""
+
+    weight: float = Field(1.0, gt=0)
+
+
 class Alignment(Section):
     """The slots of a word against the mean of its tokens' embeddings (needs word shards)."""
 
@@ -365,6 +392,8 @@ class Losses(Section):
     """Per label."""
     ctc: EmbeddingCTC | None = None
     """Per token of the transcripts."""
+    language: LanguageCTC | None = None
+    """Per label, of which there are about as many."""
     align: Alignment | None = None
     """Per word."""
     kernel: Literal["auto", "chunked", "liger", "plain"] = "auto"
@@ -373,14 +402,16 @@ class Losses(Section):
 
     @model_validator(mode="after")
     def _one_is_on(self) -> Losses:
-        if not self.weights:
-            raise ValueError("every loss is off; give one a weight")
+        if not self.weights.keys() - {"language"}:
+            raise ValueError("every loss is off, but for languages; give one a weight")
         return self
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss that is on; the order in which they are computed."""
-        parts = {"kl": self.kl, "ctc": self.ctc, "align": self.align}
+        parts = {
+            "kl": self.kl, "ctc": self.ctc, "language": self.language, "align": self.align,
+        }  # fmt: skip
         ce = {"ce": self.ce} if self.ce else {}
         return ce | {name: part.weight for name, part in parts.items() if part is not None}
 
@@ -467,6 +498,11 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
         raise ConfigError(
             f"{origin}: losses.kl, .ctc and .align need the text embeddings whole; set "
             "model.decoder.table: whole"
+        )
+    if config.losses.language and not getattr(config.model.adapter, "languages", ()):
+        raise ConfigError(
+            f"{origin}: losses.language needs an adapter that tells languages apart; name them in "
+            "model.adapter.languages (kind ebranchformer), or remove it"
         )
     if (config.losses.kl or config.losses.ctc) and config.model.decoder.train == "full":
         raise ConfigError(

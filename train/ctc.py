@@ -112,23 +112,41 @@ def _recursion(
         # The gradient that torch's CTC gives is right behind a softmax, and only there.
         leaf = log_p.detach().requires_grad_()
         normal = leaf.log_softmax(-1)
-        loss = _by_torch(normal, slots, transcripts)
+        loss = _by_torch(
+            normal, slots, transcripts.targets, transcripts.lengths, transcripts.trained
+        )
         (grad,) = torch.autograd.grad(loss, leaf)
     occupancy = normal.detach().exp() - grad
     return loss.detach(), occupancy * transcripts.trained[transcripts.clip_of_slot][:, None]
 
 
-def _by_torch(log_p_RA: Tensor, slots: tuple[int, ...], transcripts: Transcripts) -> Tensor:
-    """Sum of F.ctc_loss over the clips whose transcript fits their slots; symbol 0 is blank."""
-    log_p_SCA = nn.utils.rnn.pad_sequence(list(log_p_RA.split(slots)))
+def _by_torch(
+    log_p_RA: Tensor,
+    slots: tuple[int, ...],
+    targets: Tensor,
+    lengths: tuple[int, ...],
+    trained: Tensor,
+) -> Tensor:
+    """Sum of F.ctc_loss over the clips that are `trained`, bool [C]; symbol 0 is blank."""
     losses_C = F.ctc_loss(
-        log_p_SCA,
-        transcripts.targets,
+        nn.utils.rnn.pad_sequence(list(log_p_RA.split(slots))),
+        targets,
         torch.tensor(slots),
-        torch.tensor(transcripts.lengths),
+        torch.tensor(lengths),
         reduction="none",
     )
-    return losses_C.masked_fill(~transcripts.trained, 0.0).sum()
+    return losses_C.masked_fill(~trained, 0.0).sum()
+
+
+def language_ctc(logits_RK: Tensor, slots: tuple[int, ...], transcripts: Transcripts) -> Tensor:
+    """Sum of the clips' CTC losses of their languages, float32.
+
+    Args:
+        logits_RK: of the blank and of each language, for all clips' slots one after another.
+        slots: [C] each clip's own, on the host.
+    """
+    log_p = logits_RK.float().log_softmax(-1)
+    return _by_torch(log_p, slots, transcripts.languages, transcripts.repeats, transcripts.told)
 
 
 def plain_ctc(

@@ -7,8 +7,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from data.cache import Cache
 from data.collate import Batch, Skip
+from data.languages import LanguageLabels
 from data.prompts import Prompt
 from data.shards import Overlay, ShardSet
 from data.stream import Stream
@@ -45,6 +49,11 @@ def open_cache(data: cfg.Data) -> Cache | None:
     return Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
 
 
+def _spoken(shards: ShardSet) -> list[str]:
+    """The languages of what has audio."""
+    return pc.unique(shards.languages.filter(pa.array(shards.num_samples > 0))).to_pylist()
+
+
 def open_feed(config: cfg.Config) -> Feed:
     """Open shards and targets and lay out the plan; every rank gets the same."""
     data = config.data
@@ -77,7 +86,14 @@ def open_feed(config: cfg.Config) -> Feed:
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch = data.prefetch
-    stream.spells = config.losses.ctc is not None
+    stream.spells = config.losses.ctc is not None or config.losses.language is not None
+    if isinstance(config.model.adapter, cfg.EBranchformerAdapter):
+        stream.labels = LanguageLabels(config.model.adapter.languages)
+    if config.losses.language and (none := stream.labels.unknown(_spoken(shards))):
+        raise cfg.ConfigError(
+            f"data.shards has speech in {', '.join(none)}, which model.adapter.languages lacks; "
+            "add them, or leave losses.language off"
+        )
     facts = {
         **order,
         "shards": shards.digest,

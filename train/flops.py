@@ -121,9 +121,10 @@ class Flops:
         in its faithful mode has to hear."""
         if not batch.weight:
             return Rows((), (), (), 0)
-        heard = (self._window,) * len(batch.frames) if self._window else batch.frames
+        frames = () if batch.silent else batch.frames
+        heard = (self._window,) * len(frames) if self._window else frames
         read = batch.read.lengths if batch.read is not None else ()
-        return Rows(heard, batch.frames, batch.lengths, batch.num_labels, read)
+        return Rows(heard, frames, batch.lengths, batch.num_labels, read)
 
     def _pairs(self, lengths: tuple[int, ...]) -> float:
         """Mean over the layers of the pairs of positions that see each other."""
@@ -235,7 +236,9 @@ def _ebranchformer_clip(adapter: Any, frames: int, through: bool) -> Work:
     # Scores by content, scores by distance (twice as many as positions), weighted values.
     width = 2 * adapter.embed.out_features * len(adapter.blocks)
     work += _pair(width, True).times(length * length)
-    ends = (adapter.back.weight, adapter.out.weight)
+    ends = [adapter.back.weight, adapter.out.weight]
+    if adapter.language is not None:
+        ends += _weights(adapter.language)
     return work + sum_work(_weight(p, True) for p in ends).times(ebranchformer.BACK.out(length))
 
 

@@ -289,5 +289,6 @@ def counted(batch: Batch, loss: str) -> int:
         "ce": batch.num_labels,
         "kl": batch.num_labels,
         "ctc": batch.num_transcript_tokens,
+        "language": batch.num_language_labels,
         "align": batch.num_words,
     }[loss]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from train import config as cfg
 from train.model import adapters
 from train.model.adapters import ebranchformer
+from train.model.adapters.language_head import LanguageHead
 from train.model.adapters.spacing import rows_of, spaced, spread
 from train.ops import Segments
 
@@ -25,6 +27,9 @@ SMALL: dict[str, dict[str, object]] = {
         "kind": "ebranchformer", "inputs": 12, "width": 16, "heads": 2, "blocks": 2,
         "feed_forward": 24, "cgmlp": 32, "kernel": 7,
     },
+}  # fmt: skip
+SMALL["languages"] = SMALL["ebranchformer"] | {
+    "blocks": 3, "languages": ["aa", "bb", "cc|dd"], "language_block": 2,
 }  # fmt: skip
 
 # Clips far longer than any kernel, and too short for a slot; some that attention pads to another.
@@ -140,10 +145,20 @@ class PlainEBranchformer:
         for conv in made.front:
             x = F.relu(F.conv2d(x, conv.weight, conv.bias, stride=2))
         x = made.embed(x[0].transpose(0, 1).flatten(1)) * math.sqrt(self.width)
-        for block in made.blocks:
+        for number, block in enumerate(made.blocks, 1):
             x = self.block(block, x)
+            if made.language is not None and number == made.language_block:
+                x = x + self.condition(made.language, x)
         x = F.conv1d(made.norm(x).T[None], made.back.weight, made.back.bias, stride=2)
         return made.out(F.relu(x)[0].T)
+
+    def condition(self, head: LanguageHead, x: torch.Tensor) -> torch.Tensor:
+        pairs = [x[at : at + 2].T for at in range(0, len(x) - 1, 2)]
+        taps = head.pair.weight, head.pair.bias
+        seen = [F.relu((taps[0] * pair).sum((1, 2)) + taps[1]) for pair in pairs]
+        self.logits = torch.stack([head.tell(y) for y in seen])
+        told = [head.condition(row.softmax(-1)) for row in self.logits]
+        return torch.stack([told[min(at // 2, len(told) - 1)] for at in range(len(x))])
 
     def block(self, block: ebranchformer.Block, x: torch.Tensor) -> torch.Tensor:
         x = x + 0.5 * self.feed_forward(block.before, x)
@@ -188,17 +203,38 @@ class PlainEBranchformer:
 
 
 @torch.no_grad()
-def test_ebranchformer_is_the_plain_one() -> None:
-    made = weighty("ebranchformer")
+@pytest.mark.parametrize("kind", ["ebranchformer", "languages"])
+def test_ebranchformer_is_the_plain_one(kind: str) -> None:
+    made = weighty(kind)
     assert isinstance(made, ebranchformer.EBranchformer)
     plain = PlainEBranchformer(made, heads=2, width=16)
     x_NC, segments = padded(LENGTHS)
-    parts = made(x_NC, segments).split([slots_of("ebranchformer", n) for n in LENGTHS])
-    for i, length in enumerate(LENGTHS):
-        if slots_of("ebranchformer", length):
+    slots = [slots_of(kind, n) for n in LENGTHS]
+    parts = made(x_NC, segments).split(slots)
+    if kind == "languages":
+        told = made(x_NC, segments, with_languages=True)[1].split(slots)
+    for i in range(len(LENGTHS)):
+        if slots[i]:
             expected = plain(alone(x_NC, segments, i))
             # The sinusoids are float32's.
             torch.testing.assert_close(parts[i], expected, rtol=1e-4, atol=1e-5)
+            if kind == "languages":
+                torch.testing.assert_close(told[i], plain.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_languages_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    small = SMALL["languages"]
+    for change, reason in (
+        ({"language_block": 4}, "language_block must be at most blocks = 3"),
+        ({"languages": ["a", "b|a"]}, "language 'a' is in 'a' already"),
+        ({"languages": "none.yaml"}, "no YAML list of languages"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            settings(**small | change)
+    (tmp_path / "two.yaml").write_text("[en, 'no']")
+    made = settings(**small | {"languages": str(tmp_path / "two.yaml")})
+    assert isinstance(made, cfg.EBranchformerAdapter)
+    assert made.languages == ("en", "no")
 
 
 @torch.no_grad()

@@ -91,6 +91,9 @@ def test_micro_is_its_twin(name: str, tmp_path: Path) -> None:
     assert micro.model.adapter.train == full.model.adapter.train
     assert micro.model.encoder.layers == full.model.encoder.layers
     assert micro.model.decoder.train == full.model.decoder.train
+    assert bool(getattr(micro.model.adapter, "languages", ())) == bool(
+        getattr(full.model.adapter, "languages", ())
+    )
     assert micro.data.interleave == full.data.interleave
     assert micro.data.augment == full.data.augment
     assert micro.behave is not None

@@ -155,10 +155,22 @@ def test_encoder(kind: str, lora: dict[str, int] | None) -> None:
         ("conv", {"bottleneck": 16}),
         ("stack_mlp", {"frames": 5}),
         ("ebranchformer", {"inputs": 32, "width": 64, "blocks": 2, "heads": 4, "cgmlp": 128}),
+        (
+            "ebranchformer",
+            {
+                "inputs": 32,
+                "width": 64,
+                "blocks": 2,
+                "heads": 4,
+                "cgmlp": 128,
+                "languages": [f"l{n}" for n in range(200)],
+                "language_block": 1,
+            },
+        ),
     ],
 )
 @pytest.mark.parametrize("through", [False, True])
-def test_adapter(kind: str, settings: dict[str, int], through: bool) -> None:
+def test_adapter(kind: str, settings: dict[str, Any], through: bool) -> None:
     made = adapter(kind, **settings)
     frames = (100, 61)
     rows = torch.randn(sum(frames), 64, requires_grad=through)
@@ -180,6 +192,8 @@ def test_useful_rows_are_the_clips_own() -> None:
     assert own.useful(batch) == Rows((60, 40), (60, 40), (12, 10), 6)
     faithful = Flops(encoder(), adapter(), decoder())
     assert faithful.useful(batch) == Rows((100, 100), (60, 40), (12, 10), 6)
+    text = Sample("t", (Text((1, 2)), Text((3,), labelled=True)))
+    assert own.useful(collate([text], silence=clips[0])) == Rows((), (), (3,), 1)
     nothing = own.of(own.useful(dummy_batch(clips[0])))
     assert all(work.total == 0 for work in nothing.values())
     read = dataclasses.replace(batch, read=batch)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from train import config as cfg
-from train.ctc import EmbeddingCTC
+from train.ctc import EmbeddingCTC, language_ctc
 from train.loss import Divergence, alignment
 from train.model.attention import set_packed
 from train.model.draws import drawn_for
@@ -187,13 +187,15 @@ class SpeechLLM(nn.Module):
         samples: tuple[int, ...],
         frames: tuple[int, ...],
         languages: tuple[str, ...] = (),
-    ) -> torch.Tensor:
+        **wanted: Literal[True],
+    ) -> Any:
         """Slots [R, H] of all clips, one after another, before the last LayerNorm.
 
         Args:
             features: the encoder's input of each clip, padded at the end (see `SpeechEncoder`).
             samples, frames: each clip's own length in samples and in encoder frames.
             languages: each clip's, for an encoder with per-language adapters.
+            wanted: `with_languages`, for an adapter that tells them apart: its logits, too.
         """
         if self.layer_sum is None:
             frames_CFE = self.encoder(features, samples, languages)
@@ -202,7 +204,7 @@ class SpeechLLM(nn.Module):
         segments = Segments.padded(frames, frames_CFE.shape[1], frames_CFE.device)
         # A plain model may hold the adapter in float32 over a bf16 encoder.
         rows_NE = frames_CFE.flatten(0, 1).to(self.embeddings.weight.dtype)
-        return self.adapter(rows_NE, segments)
+        return self.adapter(rows_NE, segments, **wanted)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sums of the losses that are on, float32 [K], in the order of `losses.weights`.
@@ -211,8 +213,13 @@ class SpeechLLM(nn.Module):
         weight 0 gives zeros, and gradients of zero.
         """
         on = self.losses
+        heard = (batch.features, batch.samples, batch.frames, batch.languages)
+        logits_RK = None
         with drawn_for(self.seed, batch.epoch, batch.step, batch.bin, device=batch.source.device):
-            speech_RH = self.listen(batch.features, batch.samples, batch.frames, batch.languages)
+            if on.language is None:
+                speech_RH = self.listen(*heard)
+            else:
+                speech_RH, logits_RK = self.listen(*heard, with_languages=True)
         if speech_RH.shape[0] != sum(batch.slots):
             raise ValueError(
                 f"the adapter made {speech_RH.shape[0]} slots, the batch's plan has "
@@ -226,6 +233,9 @@ class SpeechLLM(nn.Module):
             assert batch.transcripts is not None
             table = self.embeddings.table
             sums.append(self.ctc(rows["slots"], table, batch.slots, batch.transcripts)[None])
+        if logits_RK is not None:
+            assert batch.transcripts is not None
+            sums.append(language_ctc(logits_RK, batch.slots, batch.transcripts)[None])
         if on.align is not None:
             assert batch.words is not None
             distance = alignment(

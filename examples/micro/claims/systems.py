@@ -112,7 +112,8 @@ SYSTEMS = (
         settings=_INTERLEAVED,
     ),
     System(
-        "ctc", "embedding-CTC alone", "bloomzmms_ctc", "continue", steps=STEPS // 3, inputs=()
+        "ctc", "embedding-CTC alone", "bloomzmms_ctc", "continue", steps=STEPS // 3, inputs=(),
+        settings=(("losses", "{ce: 0, ctc: {}}"),),  # the adapter of all has no head for languages
     ),
     replace(_CONT, name="cont_ctc", says="continuations, after embedding-CTC", init="ctc",
             inputs=("speech",)),

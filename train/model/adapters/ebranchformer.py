@@ -1,7 +1,8 @@
 """BLOOMZMMS's adapter (2404.10922): an E-Branchformer (2210.00077) between two subsamplings.
 
 Frames are projected, convolved over time and channels to a quarter (two k3 s2), pass the blocks,
-are halved (k2 s2) and projected to the LLM: 50 frames a second become 6.25 slots.
+are halved (k2 s2) and projected to the LLM: 50 frames a second become 6.25 slots. With `languages`
+a head behind one of the first blocks tells the language of each slot.
 
 Shapes: see `train.model.adapters`; and W width, S rows of clips at a distance (`spacing`), D clips
 in a group of like length, L their longest, h heads, d = W / h.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from train import config as cfg
-from train.model.adapters.spacing import rows_of, spaced, spread
+from train.model.adapters.language_head import LanguageHead
+from train.model.adapters.spacing import rows_of, spaced, spread, strided
 from train.model.kernels.sdpa import alike
 from train.model.lengths import Conv
 from train.ops import Segments
@@ -76,23 +79,44 @@ class EBranchformer(nn.Module):
             bands = conv.out(bands)
         self.embed = nn.Linear(width * bands, width)
         self.blocks = nn.ModuleList(Block(adapter) for _ in range(adapter.blocks))
+        self.language_block = adapter.language_block
+        classes = len(adapter.languages)
+        self.language = LanguageHead(width, classes, BACK) if classes else None
         self.norm = nn.LayerNorm(width)
         self.back = nn.Conv1d(width, width, BACK.kernel, BACK.stride)
         self.out = nn.Linear(width, hidden)
 
-    def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor:
+    @overload
+    def forward(self, x_NC: torch.Tensor, segments: Segments) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, x_NC: torch.Tensor, segments: Segments, *, with_languages: Literal[True]
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self, x_NC: torch.Tensor, segments: Segments, *, with_languages: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Slots [R, H]; and `with_languages` logits [R, languages + 1] of blank and languages."""
         x_RW, clips = self._quarter(self.project(x_NC), segments)
         layout = Layout.of(clips, self.kernel, x_RW.shape[1], x_RW.dtype)
         x_RW = F.dropout(x_RW * math.sqrt(x_RW.shape[1]), self.dropout, self.training)
-        for block in self.blocks:
+        logits_RK = None
+        for number, block in enumerate(self.blocks, 1):
             y_RW = block(x_RW, layout)
             if self.training and self.layerdrop:
                 # The block runs whether it counts or not: all ranks run every module.
                 kept = torch.rand((), device=x_RW.device) >= self.layerdrop
                 y_RW = torch.where(kept, y_RW, x_RW)
             x_RW = y_RW
-        x_RW, _ = self._half(self.norm(x_RW), clips)
-        return self.out(x_RW)
+            if self.language is not None and number == self.language_block:
+                x_RW, logits_RK = self.language(x_RW, clips)
+        x_RW, _ = strided(self.back, self.norm(x_RW), clips)
+        slots_RH: torch.Tensor = self.out(x_RW)
+        if not with_languages:
+            return slots_RH
+        assert logits_RK is not None, "the adapter has no head for languages"
+        return slots_RH, logits_RK
 
     def _quarter(self, x_NI: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, Segments]:
         """[N, inputs] -> [R, W] and its packed clips, by one dense pass over all of them."""
@@ -110,15 +134,6 @@ class EBranchformer(nn.Module):
         starts = [start // stride for start in apart.host_starts]
         at = rows_of(Segments.at(starts, segments.host_lengths, x_1WSB.shape[2], x_NI.device))
         return self.embed(x_1WSB[0].permute(1, 0, 2)[at].flatten(1)), segments
-
-    def _half(self, x_RW: torch.Tensor, clips: Segments) -> tuple[torch.Tensor, Segments]:
-        apart = spaced(clips.host_lengths, x_RW.device, multiple=BACK.stride)
-        x_SW = spread(x_RW, rows_of(apart), max(apart.rows, BACK.kernel))
-        y_WS = F.relu(self.back(x_SW.T[None]))[0]
-        halves = clips.conv(BACK.kernel, BACK.stride, BACK.padding)
-        starts = [start // BACK.stride for start in apart.host_starts]
-        at = rows_of(Segments.at(starts, halves.host_lengths, y_WS.shape[1], x_RW.device))
-        return y_WS.T[at], halves
 
 
 class Block(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from train.ops import Segments
 
@@ -23,6 +25,19 @@ def spaced(
         starts.append(row)
         row += -(-(length + gap) // multiple) * multiple
     return Segments.at(starts, lengths, row, device)
+
+
+def strided(conv: nn.Conv1d, x_RC: torch.Tensor, clips: Segments) -> tuple[torch.Tensor, Segments]:
+    """A convolution as wide as its stride, with ReLU, over each clip's packed rows; and where the
+    rows lie that it leaves."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    apart = spaced(clips.host_lengths, x_RC.device, multiple=stride)
+    x_SC = spread(x_RC, rows_of(apart), max(apart.rows, kernel))
+    y_CS = F.relu(conv(x_SC.T[None]))[0]
+    fewer = clips.conv(kernel, stride, 0)
+    starts = [start // stride for start in apart.host_starts]
+    at = rows_of(Segments.at(starts, fewer.host_lengths, y_CS.shape[1], x_RC.device))
+    return y_CS.T[at], fewer
 
 
 def rows_of(segments: Segments) -> torch.Tensor:
