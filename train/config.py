@@ -7,9 +7,11 @@ precision, optimizer) is injected there by `train.engine` and must not be repeat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -464,10 +466,78 @@ class Config(Section):
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read `path`, apply `a.b=value` overrides (values are YAML), and check all of it.
 
+    Of a file with `stages` the last one, which ends in what is evaluated and exported.
+
     Raises:
         ConfigError: one line per fault; an unknown key names its nearest known neighbour.
     """
-    path = Path(path)
+    return load_stages(path, overrides)[-1]
+
+
+def load_stages(path: str | Path, overrides: list[str] | None = None) -> list[Config]:
+    """Like `load`, all stages in their order; a file without `stages` is one.
+
+    `stages: [{name: NAME, ...}, ...]` has what each stage changes in the rest of the file. A stage
+    runs as NAME below `run.output`, and begins with the weights of the one before it, unless its
+    own `train.init` says otherwise. Overrides go to every stage, or by `stages.NAME.a.b` to one.
+    """
+    tree, origin, given = _read(Path(path)), str(path), overrides or []
+    everywhere = [text for text in given if not text.startswith("stages.")]
+    if "stages" not in tree:
+        for override in given:
+            _set(tree, override)
+        return [parse(tree, origin)]
+    stages = _by_name(tree.pop("stages"), origin)
+    for override in (text.removeprefix("stages.") for text in given if text not in everywhere):
+        if (name := override.partition(".")[0]) not in stages:
+            known = ", ".join(stages)
+            raise ConfigError(f"--set stages.{override}: no stage {name!r}; there are {known}")
+        _set(stages, override)
+    found: list[Config] = []
+    for name, changes in stages.items():
+        staged = _merged(tree, changes)
+        for override in everywhere:
+            _set(staged, override)
+        train = staged.setdefault("train", {})
+        if found and isinstance(train, dict) and not _own_init(changes):
+            train["init"] = str(found[-1].run.output)
+        config = parse(staged, f"{origin}: stage {name}")
+        run = {"name": f"{config.run.name}-{name}", "output": config.run.output / name}
+        found.append(config.model_copy(update={"run": config.run.model_copy(update=run)}))
+    return found
+
+
+def _by_name(stages: Any, origin: str) -> dict[str, dict[str, Any]]:
+    """Name → changes of each stage, in the file's order."""
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError(f"{origin}: stages must be a list of changes, found {stages!r}")
+    found: dict[str, dict[str, Any]] = {}
+    for entry in stages:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in found:
+            raise ConfigError(
+                f"{origin}: a stage must be a mapping with a `name` of its own, of letters, "
+                f"digits, - and _; found {entry!r}"
+            )
+        found[name] = {key: value for key, value in entry.items() if key != "name"}
+    return found
+
+
+def _own_init(changes: dict[str, Any]) -> Any:
+    train = changes.get("train")
+    return train.get("init") if isinstance(train, dict) else None
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A new tree; mappings in both are merged, anything else in `changes` takes the place."""
+    made = copy.deepcopy(tree)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(made.get(name), dict)
+        made[name] = _merged(made[name], value) if both else copy.deepcopy(value)
+    return made
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -476,9 +546,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must be a mapping of sections, found {tree!r}")
-    for override in overrides or []:
-        _set(tree, override)
-    return parse(tree, str(path))
+    return tree
 
 
 def parse(tree: dict[str, Any], origin: str) -> Config:

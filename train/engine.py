@@ -277,6 +277,10 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model, so that both can go and another engine come."""
+        self._engine.destroy()
+
     @torch.no_grad()
     def weights(self) -> dict[str, torch.Tensor]:
         """Float32 masters of what is trained, whole, on rank 0's CPU; elsewhere none. A collective.

@@ -3,11 +3,14 @@
     deepspeed train/main.py configs/micro/blsp.yaml
     deepspeed train/main.py configs/blsp.yaml --set train.lr=5e-5 --dry-run
 
-The same command again continues from the run's newest checkpoint, on any number of ranks.
+The same command again continues from the run's newest checkpoint, on any number of ranks. A config
+with `stages` (BLOOMZMMS: CTC, then cross entropy) trains one after another, each from the weights
+of the one before, and continues in the stage that it had reached.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -55,8 +58,12 @@ def resume_point(config: cfg.Config, digest: str) -> ckpt.Checkpoint | None:
     return found
 
 
-def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker | None, str]:
+def open_tracker(
+    config: cfg.Config, here: World, begun: ckpt.State | None
+) -> tuple[Tracker | None, str]:
     """The run's tracker (on rank 0) and its id; the same one after every restart.
+
+    A run that was `begun` from another one's weights names it, and stands below it in MLflow.
 
     The id is kept beside the checkpoints from the very beginning, so that a run killed before
     its first checkpoint is continued in the tracker, too.
@@ -76,7 +83,7 @@ def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker 
             config.run.name,
             run_id=known.get("run_id"),
             params=config.flat(),
-            tags=run_tags("train"),
+            tags=run_tags("train") | links(config, begun),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -85,6 +92,16 @@ def open_tracker(config: cfg.Config, here: World, fresh: bool) -> tuple[Tracker 
         )
         partial.rename(path)
     return tracker, here.broadcast(tracker.run_id if tracker else None)
+
+
+def links(config: cfg.Config, begun: ckpt.State | None) -> dict[str, str]:
+    """Tags of a run that name the one whose weights it began with."""
+    if begun is None:
+        return {}
+    tags = {"hearken.begun_from": begun.tracker_run}
+    if begun.config["run"]["tracking_uri"] == config.run.tracking_uri:
+        tags["mlflow.parentRunId"] = begun.tracker_run
+    return tags
 
 
 def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
@@ -106,17 +123,22 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         capacity=config.data.tokens_per_bin,
         losses=config.losses,
     )
+    begun = None
     if found is not None:
         load_trained(model, found.weights, rewritten)
     elif config.train.init is not None:
-        load_trained(model, ckpt.find(config.train.init).weights, rewritten)
+        first = ckpt.find(config.train.init)
+        load_trained(model, first.weights, rewritten)
+        begun = first.state
     accumulation = math.ceil(config.data.bins_per_step / here.size)
     engine = Engine(model, config.train, here, accumulation)
     if found is not None:
         engine.load(found.weights, found.moments, found.state.step)
-    tracker, run_id = open_tracker(config, here, found is None)
+    tracker, run_id = open_tracker(config, here, begun)
     if here.rank == 0:
         where = f"from {found.path}" if found else "from the start"
+        if begun is not None:
+            where += f" with the weights of {config.train.init}"
         console.print(
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
             f"{config.train.precision}, ZeRO-{stage}, {feed.describe()}, {where}"
@@ -138,6 +160,7 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
         if tracker is not None:
             tracker.close("KILLED" if isinstance(end, Stopped) else "FAILED")
         raise
+    engine.close()
     if tracker is not None:
         if config.train.verify_frozen:
             tracker.file(record, "frozen")
@@ -168,12 +191,15 @@ def main(argv: list[str] | None = None) -> None:
         help="trace this many steps of rank 0 into OUTPUT/profile",
     )
     args = parser.parse_args(argv)
-    config = cfg.load(args.config, args.set)
+    stages = cfg.load_stages(args.config, args.set)
     if args.dry_run:
-        dry_run(config, args.json, args.gpus, args.gpu_memory)
+        for config in stages:  # of several, the file has the last one's
+            dry_run(config, args.json, args.gpus, args.gpu_memory)
         return
     with world() as here:
-        run(config, here, args.profile)
+        for config in stages:
+            run(config, here, args.profile)
+            gc.collect()  # DeepSpeed's parts hold each other, and the next stage wants the memory
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def test_shipped_configs_parse(root: Path) -> None:
     for path in paths:
         config = cfg.load(path)
         policy(config.train)
-        assert yaml.safe_load(path.read_text())["run"]["name"] == config.run.name
+        tree = yaml.safe_load(path.read_text())
+        last = f"-{tree['stages'][-1]['name']}" if "stages" in tree else ""
+        assert tree["run"]["name"] + last == config.run.name
 
 
 def test_shipped_templates_load(root: Path) -> None:

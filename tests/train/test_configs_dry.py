@@ -19,6 +19,7 @@ MICRO = sorted(p.stem for p in (ROOT / "configs" / "micro").glob("*.yaml"))
 
 # Millions: of the papers, or of the same recipe at our choice of models (said in the file).
 ADAPTERS = {
+    "bloomzmms": 534,
     "blsp": 47.47,
     "blsp_kd": 82.32,
     "blsp_prepare": 47.47,
@@ -57,8 +58,8 @@ def test_all_recipes_are_there() -> None:
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_size(name: str, tmp_path: Path) -> None:
-    config = cfg.load(ROOT / "configs" / f"{name}.yaml")
-    assert config.run.name == name.replace("_", "-")
+    config, *before = reversed(cfg.load_stages(ROOT / "configs" / f"{name}.yaml"))
+    assert config.run.name == name.replace("_", "-") + ("-ce" if before else "")
     found = planned(config, tmp_path)
     trained, frozen = found["parameters"]["trained"], found["parameters"]["frozen"]
     encoder, decoder = config.model.encoder.path, config.model.decoder.path
