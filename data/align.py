@@ -14,12 +14,10 @@ missing or out of date; the same input gives the same bytes.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -36,6 +33,7 @@ from data.archive import ContentError, ShardError, index_path, read_meta
 from data.audio import SAMPLE_RATE, AudioError, decode
 from data.convert import write_text
 from data.ctc import Aligner, AlignError, Unaligned
+from data.pool import advance, run_jobs
 from data.remote import shown
 from data.retry import retried
 from data.shards import Overlay, ShardSet, write_overlay
@@ -43,9 +41,7 @@ from data.words import words_record
 
 _METHOD = "ctc-1"  # changes when the same model would give other times
 
-# In a worker: what aligns, and the count of utterances that all of them share.
-_aligner: Aligner | None = None
-_done: Any = None
+_aligner: Aligner | None = None  # in a worker: what aligns
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,17 @@ def _align(options: argparse.Namespace, console: Console) -> None:
     total = int(sum(sizes[job.address] for job in waiting))
     _aligner = aligner  # forked workers share its memory
     try:
-        with _progress(console) as progress:
-            _run(waiting, total, options, progress)
+        run_jobs(
+            waiting,
+            _work,
+            total=total,
+            console=console,
+            workers=options.workers,
+            here=options.workers == 1 or len(waiting) < 2,
+            spawn=options.device != "cpu",  # there, each worker loads the model anew
+            start=_start_worker,
+            given=(options.model, options.device, languages),
+        )
     finally:
         _aligner = None
     _report(shards, jobs, len(jobs) - len(waiting), options.out, console)
@@ -137,8 +142,8 @@ def is_done(job: Job) -> bool:
     return bool(found["base_digest"] == ShardSet([job.address]).digest)
 
 
-def align_shard(job: Job, aligner: Aligner, done: Any = None) -> None:
-    """Write the word shard of one job; `done`, a shared count, goes up with each utterance."""
+def align_shard(job: Job, aligner: Aligner) -> None:
+    """Write the word shard of one job."""
     base = ShardSet([job.address])
     texts, languages = base.texts.to_pylist(), base.languages.to_pylist()
     records: dict[int, dict[str, Any]] = {}
@@ -150,9 +155,7 @@ def align_shard(job: Job, aligner: Aligner, done: Any = None) -> None:
             records[i] = words_record(aligner(wave, texts[i], languages[i]))
         except (Unaligned, ContentError, AudioError) as fault:
             records[i] = {"words": [], "unaligned": str(fault)}
-        if done is not None:
-            with done.get_lock():
-                done.value += 1
+        advance(1)
 
     def items() -> Iterator[tuple[str, dict[str, Any]]]:
         for i, key in enumerate(base.keys.to_pylist()):
@@ -161,45 +164,15 @@ def align_shard(job: Job, aligner: Aligner, done: Any = None) -> None:
     write_overlay(job.path, items(), "words.json", job.facts, base=base)
 
 
-def _run(jobs: list[Job], total: int, options: argparse.Namespace, progress: Progress) -> None:
-    """All jobs, each in one of the worker processes; one worker works in this process."""
-    task = progress.add_task("utterances", total=total)
-    if options.workers == 1 or len(jobs) < 2:
-        done = multiprocessing.Value("q", 0)
-        for job in jobs:
-            assert _aligner is not None
-            align_shard(job, _aligner, done)
-            progress.update(task, completed=done.value)
-        return
-    # CUDA does not survive a fork; there, each worker loads the model anew.
-    context = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
-    done = context.Value("q", 0)
-    setting = (done, options.model, options.device, dict(options.languages))
-    workers = min(options.workers, len(jobs))
-    with ProcessPoolExecutor(workers, context, _start_worker, setting) as pool:
-        running: set[Future[None]] = {pool.submit(_work, job) for job in jobs}
-        try:
-            while running:
-                finished, running = wait(running, timeout=0.2)
-                for future in finished:
-                    future.result()
-                progress.update(task, completed=done.value)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _start_worker(done: Any, model: str, device: str, languages: dict[str, str]) -> None:
-    global _aligner, _done
-    _done = done
-    torch.set_num_threads(1)
+def _start_worker(model: str, device: str, languages: dict[str, str]) -> None:
+    global _aligner
     if _aligner is None:
         _aligner = Aligner(model, device, languages)
 
 
 def _work(job: Job) -> None:
     assert _aligner is not None
-    align_shard(job, _aligner, _done)
+    align_shard(job, _aligner)
 
 
 def _report(shards: ShardSet, jobs: list[Job], reused: int, out: Path, console: Console) -> None:
@@ -233,17 +206,6 @@ def _report(shards: ShardSet, jobs: list[Job], reused: int, out: Path, console: 
 def _count(count: int, unspelled: list[list[str]]) -> Text:
     example = next((words[0] for words in unspelled if words), None)
     return Text(f"{count}, such as {example!r}" if example else "0")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _complain(console: Console, message: str) -> None:

@@ -8,36 +8,24 @@ their keys. Run again, it does what is missing or out of date; the same input gi
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from data.archive import ShardError, index_path
 from data.convert import Job, Outcome, convert, write_text
 from data.corpora import READERS, CorpusError, Fault, Utterance
-
-_done: Any = None  # in a worker: the count of utterances that all of them share
+from data.pool import run_jobs
 
 
 @dataclass
@@ -118,54 +106,9 @@ def plan_jobs(name: str, split: Split, options: argparse.Namespace) -> list[Job]
 def _run(jobs: dict[str, list[Job]], workers: int, console: Console) -> dict[Path, Outcome]:
     """All jobs, each in one of `workers` processes; by the shard's path."""
     every = [job for split in jobs.values() for job in split]
-    done = multiprocessing.get_context("fork").Value("q", 0)
-    pool = ProcessPoolExecutor(
-        max(1, min(workers, len(every))),
-        multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(done,),
-    )
-    with pool:
-        running: set[Future[Outcome]] = {pool.submit(_convert, job) for job in every}
-        futures = set(running)
-        try:
-            with _progress(console) as progress:
-                count = sum(len(job.utterances) for job in every)
-                task = progress.add_task("utterances", total=count, rate="")
-                while running:
-                    finished, running = wait(running, timeout=0.2)
-                    for future in finished:
-                        future.result()
-                    elapsed = max(progress.tasks[0].elapsed or 0.0, 1e-9)
-                    rate = f"{done.value / elapsed:.0f}/s"
-                    progress.update(task, completed=done.value, rate=rate)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {outcome.path: outcome for outcome in (future.result() for future in futures)}
-
-
-def _start_worker(done: Any) -> None:
-    global _done
-    _done = done
-    torch.set_num_threads(1)  # there is one process per core already
-
-
-def _convert(job: Job) -> Outcome:
-    return convert(job, _done)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    total = sum(len(job.utterances) for job in every)
+    done = run_jobs(every, convert, total=total, console=console, workers=workers)
+    return {outcome.path: outcome for outcome in done}
 
 
 def _report(

@@ -26,6 +26,7 @@ from data.archive import (
 )
 from data.audio import SAMPLE_RATE, AudioError, decode, encode_flac, is_silent
 from data.corpora import Utterance
+from data.pool import advance
 
 FIELDS = {
     "num_samples": pa.int64(),
@@ -64,11 +65,11 @@ class Outcome:
     reused: bool
 
 
-def convert(job: Job, done: Any) -> Outcome:
-    """Write the shard unless it is there already, made from the same; count into `done.value`."""
+def convert(job: Job) -> Outcome:
+    """Write the shard unless it is there already, made from the same."""
     fingerprint = _fingerprint(job)
     if (outcome := _finished(job, fingerprint)) is not None:
-        _advance(done, len(job.utterances))
+        advance(len(job.utterances))
         return outcome
     skipped: list[dict[str, str]] = []
     seconds = 0.0
@@ -83,7 +84,7 @@ def convert(job: Job, done: Any) -> Outcome:
             else:
                 where = {"key": utterance.key, "audio": str(utterance.audio or "")}
                 skipped.append({**where, "reason": row})
-            _advance(done, 1)
+            advance(1)
 
     samples = write_shard(job.path, rows(), FIELDS, {})
     facts = {"fingerprint": fingerprint, "samples": samples, "seconds": seconds, "skipped": skipped}
@@ -169,8 +170,3 @@ def _finished(job: Job, fingerprint: str) -> Outcome | None:
     if not whole or facts["fingerprint"] != fingerprint:
         return None
     return Outcome(job.path, facts["samples"], facts["seconds"], facts["skipped"], reused=True)
-
-
-def _advance(done: Any, count: int) -> None:
-    with done.get_lock():
-        done.value += count
