@@ -129,7 +129,12 @@ def run(args: argparse.Namespace) -> None:
     benchmark = compare(general, _OF_GENERAL)
 
     def shown(row: dict[str, Any]) -> bool:
-        return row["language"] in args.language and row["input"] in args.input
+        wording = row.get("wording", args.wording[0])  # the benchmark's columns are its own
+        return (
+            row["language"] in args.language
+            and row["input"] in args.input
+            and wording in args.wording
+        )
 
     systems = list(seeds)
     print_rows("scores", list(filter(shown, compared)), _OF_ROWS, systems)
@@ -147,6 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", metavar="[NAME=]FILE", help="from evaluate --json")
     parser.add_argument("--language", nargs="+", default=["all"], help="shown (default: all)")
     parser.add_argument("--input", nargs="+", default=["speech"], help="shown (default: speech)")
+    parser.add_argument(
+        "--wording", nargs="+", default=["all"], help="shown of the scores (default: all)"
+    )
     parser.add_argument("--json", type=Path, help="write all rows as JSON, too")
     run(parser.parse_args(argv))
 

@@ -293,7 +293,14 @@ def test_compare_reads_files_and_sets_systems_side_by_side(
     assert b["low"] in {r["low"] for r in own}
     shown = capsys.readouterr().out
     assert "generalisation" in shown
-    assert "95.0 [31.5, 158.5]" in shown
+    # Of the scores, all wordings together unless another one is asked for.
+    scores = shown.partition("generalisation")[0]
+    assert "│ all     │" in scores
+    assert "│ seen    │" not in scores
+    compare_main([*systems, "--wording", "seen"])
+    scores = capsys.readouterr().out.partition("generalisation")[0]
+    assert "95.0 [31.5, 158.5]" in scores
+    assert "│ seen    │" in scores
     assert any(r["column"] == "gap" for r in json.loads(out.read_text()) if "column" in r)
 
 
