@@ -100,6 +100,7 @@ def test_micro_is_its_twin(name: str, tmp_path: Path) -> None:
     assert micro.behave is not None
     assert full.behave is not None
     assert list(micro.behave.tasks.values()) == list(full.behave.tasks.values())
+    assert micro.behave.filters == full.behave.filters
 
 
 def test_every_kept_architecture_is_named(root: Path) -> None:

@@ -55,6 +55,8 @@ def recipe(root: Path, name: str, tasks: Path) -> Path:
     if "words" in tree["data"]:
         tree["data"]["words"] = [f"{root}/words/*.tar"]
     tree["behave"] |= {"output": f"{folder}-targets", "max_new_tokens": 6}
+    # The tiny world's tones are shorter than any speech of so many letters.
+    tree["behave"].get("filters", {}).pop("characters_per_second", None)
     if tree["behave"]["templates"].startswith("build/"):
         tree["behave"]["templates"] = str(root / "wordings.yaml")
     if tree["behave"]["tasks"] == ["instruct"]:
