@@ -4,13 +4,14 @@ REASONS = {
     "1": "At equal steps transcription has come further: its WER is a fraction of continuation's. "
     "Each of its answers says every word of the sentence, in order, while a continuation says them "
     "in another order, among words that only follow from them. Slots that are near enough to words "
-    "serve every task. What continuation does teach better is what is never said but follows: "
-    "sentiment.",
+    "serve every task. Sentiment alone goes the other way: it is never said, but every "
+    "continuation depends on it.",
     "2": "No adapter here overrides an instruction. The LLM was taught twelve tasks, each of which "
     "needs its instruction, and the adapter hears the speech alone: to make the LLM transcribe "
     "regardless, the slots would have to say so, and words do not.",
-    "3": "States are as far apart by instruction, and as near to the text's, under both adapters: "
-    "as in 2, nothing collapses.",
+    "3": "Nothing collapses: the text's own states have a cosine of 0.19 under unlike tasks, those "
+    "of continuation nearly the same, and those of ASR lie if anything further apart. Speech is as "
+    "near to text under both.",
     "4": "ASR passes the encoder's own transcript: the adapter reads the encoder's states, not its "
     "letters, and the LLM knows every word of this small world, so that the misspellings that the "
     "cascade hands on do not arise.",

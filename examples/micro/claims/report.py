@@ -194,7 +194,7 @@ def _plot_scores(path: Path, seeds: Sequence[int]) -> None:
         )
     axes.set_xticks(range(len(shown)), [system.name for system in shown], rotation=40, ha="right")
     axes.set_ylim(0, 100)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
