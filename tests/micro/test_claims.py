@@ -194,3 +194,10 @@ def test_the_gap_is_that_of_padding_to_the_longest_clip() -> None:
     assert gapped.positions.tolist() == [0, 1, 2, 6, 7, 8, *range(9)]
     assert torch.equal(gapped.source, batch.source)
     assert torch.equal(with_gap(collate([sample("a", 2)])).positions, torch.arange(6))
+
+
+def test_the_bounds_lie_where_figures_look_for_them() -> None:
+    (bounds,) = [job for job in pieces.jobs(SYSTEMS, SEEDS, 1) if job.name == "bounds"]
+    folder = Outcome("bounds", 1, "text").folder
+    assert bounds.makes == folder
+    assert f"{folder}/evaluation.json" in bounds.commands[0]

@@ -127,7 +127,7 @@ def _run(system: System, seed: int, ranks: int) -> Job:
 
 def _bounds(untrained: System, seed: int) -> Job:
     """Text, cascade and floors, which know no adapter: asked once, beside an untrained one."""
-    output = run_of("bounds", seed)
+    output = f"{RUNS}/bounds"
     settings = overrides(untrained, seed) | {
         "run.name": "bounds",
         "run.output": output,
