@@ -91,6 +91,7 @@ def test_what_is_moved() -> None:
     assert plan(0, 8).moved(2) == {"weights": 0, "gradients": 2 * 200e6 * 7 / 8}
 
 
+@pytest.mark.slow
 def test_the_largest_budget_fits_and_a_larger_one_does_not(tmp_path: Path) -> None:
     planned = Planned(tiny_config(tmp_path, "llama", "wav2vec2"))
     room = planned.peak(5000)
@@ -100,6 +101,7 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(tmp_path: Path) -> No
     assert largest(planned, 1000.0) == 0
 
 
+@pytest.mark.slow
 def test_a_plan_of_eight_gpus(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     dry_run(blsp(), path, ranks=8, gpu_memory=80)

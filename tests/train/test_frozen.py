@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.launch import launch
@@ -13,6 +14,7 @@ from train.frozen import digests, frozen
 from train.model.build import build, whole
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_to_the_last_bit(workspace: Workspace) -> None:
     config = workspace.config("frozen", train__verify_frozen=True)
     launch("train/main.py", config, ranks=2)
@@ -29,6 +31,7 @@ def test_frozen_weights_stay_to_the_last_bit(workspace: Workspace) -> None:
     assert not set(frozen(model, settings.model)) & set(model.trained())
 
 
+@pytest.mark.slow
 def test_a_weight_left_trainable_is_caught(workspace: Workspace) -> None:
     config = workspace.config("unfrozen", train__verify_frozen=True)
     out = launch("tests/train/unfrozen.py", config, ranks=2, fails=True)

@@ -113,6 +113,7 @@ def recipe(workspace: Workspace, name: str) -> Path:
     return tiny.write_config(root / f"{name}.yaml", tree)
 
 
+@pytest.mark.slow
 def test_the_llm_learns_its_instructions_on_two_ranks_and_leaves_as_a_folder(
     workspace: Workspace, tmp_path: Path
 ) -> None:

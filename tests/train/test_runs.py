@@ -172,6 +172,7 @@ def test_changed_data_order_is_refused(workspace: Workspace, uninterrupted: str)
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_bfloat16_resumes_exactly_too(workspace: Workspace) -> None:
     bf16 = {"train__precision": "bf16", "train__checkpoint_every": 2}
     parts = workspace.config("half-parts", **bf16)
