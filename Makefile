@@ -5,7 +5,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SHELL  := /bin/bash
-SEEDS  ?= 1 2 3
 
 .PHONY: help setup demo claims test test-slow lint clean
 
@@ -37,7 +36,7 @@ demo: $(READY)
 
 claims: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash -euo pipefail -c \
-		'. examples/micro/world.sh && python -m examples.micro.claims --seeds $(SEEDS)'
+		'. examples/micro/world.sh && python -m examples.micro.claims $(if $(SEEDS),--seeds $(SEEDS))'
 
 test: $(READY)
 	$(BIN)/python -m pytest --durations=10

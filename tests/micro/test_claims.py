@@ -17,7 +17,7 @@ from examples.micro.claims import figures, pieces, prepare, table
 from examples.micro.claims.figures import Figure, Outcome
 from examples.micro.claims.measure import with_gap
 from examples.micro.claims.runner import Job, JobFailed, Runner
-from examples.micro.claims.systems import SEEDS, SYSTEMS, System
+from examples.micro.claims.systems import CLOSE, SYSTEMS, Seeds, System
 from examples.micro.claims.table import CLAIMS, Comparison, Finding, Side
 from tests import tiny
 from train import config as cfg
@@ -58,7 +58,7 @@ def test_every_claim_is_about_systems_that_are_run() -> None:
                 assert side.system.partition("/")[0] in known, claim.number
     assert len({claim.number for claim in CLAIMS}) == len(CLAIMS)
     assert sum(claim.number.isdigit() for claim in CLAIMS) >= 12
-    assert len(SEEDS) >= 3
+    assert len(Seeds().every) >= 3
 
 
 def made(left: list[float], sense: str, right: list[float], margin: float = 0.0) -> Finding:
@@ -197,7 +197,16 @@ def test_the_gap_is_that_of_padding_to_the_longest_clip() -> None:
 
 
 def test_the_bounds_lie_where_figures_look_for_them() -> None:
-    (bounds,) = [job for job in pieces.jobs(SYSTEMS, SEEDS, 1) if job.name == "bounds"]
+    (bounds,) = [job for job in pieces.jobs(SYSTEMS, Seeds(), 1) if job.name == "bounds"]
     folder = Outcome("bounds", 1, "text").folder
     assert bounds.makes == folder
     assert f"{folder}/evaluation.json" in bounds.commands[0]
+
+
+def test_more_seeds_are_run_of_close_systems_alone() -> None:
+    seeds = Seeds((1, 2), (7,))
+    assert seeds.of("cont_few") == seeds.of("multi_few", "cont_few") == (1, 2, 7)
+    assert seeds.of("cont") == seeds.of("multi_few", "mixed_few") == (1, 2)
+    names = {job.name for job in pieces.jobs(SYSTEMS, seeds, 1)}
+    assert {name for name in names if name.endswith("-7")} == {f"{name}-7" for name in CLOSE}
+    assert {f"{system.name}-{seed}" for system in SYSTEMS for seed in (1, 2)} <= names

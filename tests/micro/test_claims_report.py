@@ -11,11 +11,20 @@ import pytest
 from examples.micro.claims import figures, report
 from examples.micro.claims.figures import Outcome
 from examples.micro.claims.pieces import MEASURED
-from examples.micro.claims.systems import FEW_PER_LANGUAGE, RUNS, SEEDS, STEPS, SYSTEMS, run_of
+from examples.micro.claims.systems import (
+    CLOSE,
+    FEW_PER_LANGUAGE,
+    RUNS,
+    STEPS,
+    SYSTEMS,
+    Seeds,
+    run_of,
+)
 from examples.micro.claims.table import CLAIMS
 from train.tracking import Tracker
 
 _TASKS = (*figures.TRANSLATION, *figures.UNDERSTANDING, *figures.SHORT, "repeat", "continue")
+SEEDS = Seeds()
 _STATES = ("instruction_match", "instruction_cosine", "state_cosine")
 
 
@@ -56,7 +65,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     levels |= {"untrained": 5.0, "asr": 50.0, "asr_few": 30.0}
     leave(Path(RUNS) / "bounds", 95.0, ("text", "cascade", "none"))
     frozen = {"tensors": 99, "before": "a", "after": "a", "changed": []}
-    for n, seed in enumerate(SEEDS):
+    for n, seed in enumerate(SEEDS.every):
         measured = {s.name: {"kl": 1.0 + n, "gap": 2.0 + n / 9, "packed": 0.0} for s in SYSTEMS}
         MEASURED.mkdir(parents=True, exist_ok=True)
         (MEASURED / f"{seed}.json").write_text(json.dumps(measured))
@@ -75,6 +84,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 tracker.close()
                 facts = {"uri": "sqlite:///mlflow.db", "run_id": tracker.run_id}
                 (folder / "tracker.json").write_text(json.dumps(facts))
+    for seed in SEEDS.close:
+        for name in CLOSE:
+            level = levels[name] + (10 if name == "multi_few" else 0)
+            leave(Path(run_of(name, seed)), level, ("speech",))
     return tmp_path
 
 
@@ -108,6 +121,21 @@ def test_the_report_says_what_the_results_do(results: Path) -> None:
         image = results / f"docs/img/claims_{name}.png"
         assert image.read_bytes().startswith(b"\x89PNG")
         assert image.stat().st_size < 60_000
+
+
+def test_close_systems_are_compared_over_all_their_seeds(results: Path) -> None:
+    def verdicts(seeds: Seeds) -> dict[str, tuple[int, str]]:
+        report.write(results / "docs", seeds, minutes=None)
+        found = json.loads((results / "docs/claims.json").read_text())
+        return {row["inequality"]: (row["seeds"], row["verdict"]) for row in found}
+
+    found = verdicts(SEEDS)
+    assert found["WER: multi_few < cont_few"] == (10, "holds")
+    assert found["WER: multi < multi_few"] == (3, "holds")
+    text = (results / "docs/claims.md").read_text()
+    assert "3 seeds of every system, 10 of `cont_few` and `multi_few`" in text
+    # The first three seeds know no difference.
+    assert verdicts(Seeds((1, 2, 3), ()))["WER: multi_few < cont_few"] == (3, "parity")
 
 
 def test_a_frozen_weight_that_changed_is_reported(results: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from examples.micro.claims import report
 from examples.micro.claims.pieces import jobs
 from examples.micro.claims.runner import JobFailed, Runner
-from examples.micro.claims.systems import RUNS, SEEDS, SYSTEMS
+from examples.micro.claims.systems import CLOSE, RUNS, SYSTEMS, Seeds
 
 
 def main() -> int:
@@ -24,7 +24,11 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N",
+        help=f"of every system (default: {' '.join(map(str, Seeds().every))}, and more of "
+             f"{' and '.join(CLOSE)})",
+    )  # fmt: skip
     parser.add_argument("--systems", nargs="+", help="only these, and no report")
     parser.add_argument("--ranks", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--slots", type=int, default=2, help="runs side by side (default: 2)")
@@ -36,7 +40,8 @@ def main() -> int:
                      f"{', '.join(system.name for system in SYSTEMS)}")  # fmt: skip
     began = time.monotonic()
     runner = Runner(Path(RUNS) / ".jobs", args.slots)
-    todo = jobs(systems, args.seeds, args.ranks)
+    seeds = Seeds(tuple(args.seeds), ()) if args.seeds else Seeds()
+    todo = jobs(systems, seeds, args.ranks)
     pending = len(runner.pending(todo))
     try:
         runner.run(todo)
@@ -50,7 +55,7 @@ def main() -> int:
         elif pending:
             took.write_text(json.dumps((time.monotonic() - began) / 60))
         minutes = json.loads(took.read_text()) if took.exists() else None
-        report.write(args.docs, args.seeds, minutes)
+        report.write(args.docs, seeds, minutes)
     return 0
 
 

@@ -19,6 +19,7 @@ from examples.micro.claims.systems import (
     RUNS,
     TARGETS,
     WORLD,
+    Seeds,
     System,
     run_of,
 )
@@ -57,7 +58,7 @@ def evaluation(inputs: Sequence[str]) -> str:
     )
 
 
-def jobs(systems: Sequence[System], seeds: Sequence[int], ranks: int) -> list[Job]:
+def jobs(systems: Sequence[System], seeds: Seeds, ranks: int) -> list[Job]:
     """Everything that there is to do, in an order that works."""
     made = [
         Job("subsets", ((PYTHON, "-m", "examples.micro.claims.prepare", "subsets"),), TASKS),
@@ -72,10 +73,12 @@ def jobs(systems: Sequence[System], seeds: Sequence[int], ranks: int) -> list[Jo
     ]  # fmt: skip
     # Seed by seed, so that a run that ends early has whole seeds.
     found = [*made]
-    for seed in seeds:
+    for seed in seeds.every:
         found += [_run(system, seed, ranks) for system in systems]
-        found += [_bounds(systems[0], seed)] if seed == seeds[0] else []
+        found += [_bounds(systems[0], seed)] if seed == seeds.every[0] else []
         found.append(_measured(systems, seed))
+    for seed in seeds.close:
+        found += [_run(system, seed, ranks) for system in systems if seed in seeds.of(system.name)]
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -21,13 +21,16 @@ from train.tracking import Tracker, run_tags
 IMAGES = "img"
 
 
-def write(docs: Path, seeds: Sequence[int], minutes: float | None) -> None:
+def write(docs: Path, seeds: s.Seeds, minutes: float | None) -> None:
     """Everything under `docs`, and a run in the tracker.
 
     Args:
         minutes: that all of it took in one piece, if it was.
     """
-    found = [(claim, [Finding(c, tuple(seeds)) for c in claim.comparisons]) for claim in CLAIMS]
+    found = [
+        (claim, [Finding(c, seeds.of(c.left.system, c.right.system)) for c in claim.comparisons])
+        for claim in CLAIMS
+    ]
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     rows = [_row(claim, finding) for claim, findings in found for finding in findings]
     (docs / "claims.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -67,20 +70,19 @@ def _side(side: Side, values: list[float]) -> dict[str, object]:
     return named | {"value": value, "low": low, "high": high, "per_seed": values}
 
 
-def _page(
-    found: list[tuple[Claim, list[Finding]]], seeds: Sequence[int], minutes: float | None
-) -> str:
+def _page(found: list[tuple[Claim, list[Finding]]], seeds: s.Seeds, minutes: float | None) -> str:
     took = f"It took {minutes:.0f} minutes in one piece. " if minutes else ""
     parts = [
         "# The papers' claims in the micro world",
         "",
-        f"Written by `make claims`. {took}{len(seeds)} seeds of every system, each trained by "
+        f"Written by `make claims`. {took}{_numbers(seeds)}, each trained by "
         "`deepspeed train/main.py` under ZeRO-3; all runs are in MLflow, experiment `claims`. "
         f"Evaluated on {3 * s.HELD_OUT_PER_LANGUAGE} held-out sentences in three languages by "
         "held-out voices. Figures are means over seeds with Student's 95 % interval; a comparison "
         "**holds** where the interval of the seeds' paired differences lies on the claimed side, "
         "does **not** where it lies on the other, else it is *parity*. A claim holds where all its "
-        "comparisons do. With three seeds intervals are wide: parity often means not known.",
+        f"comparisons do. With {len(seeds.every)} seeds intervals are wide: parity often means "
+        "not known.",
         "",
         "The micro world has sentences of a small grammar, an LLM of 0.6 M and an encoder of 1 M "
         "parameters: what fails here need not fail at size, nor the reverse.",
@@ -118,6 +120,12 @@ def _page(
                 f"- **{claim.number}** ({verdict(findings)}): {REASONS.get(claim.number, SPREAD)}"
             )
     return "\n".join(parts) + "\n"
+
+
+def _numbers(seeds: s.Seeds) -> str:
+    every = f"{len(seeds.every)} seeds of every system"
+    many = len(seeds.of(s.CLOSE[0]))
+    return f"{every}, {many} of `{'` and `'.join(s.CLOSE)}`" if seeds.close else every
 
 
 def _line(head: list[str], finding: Finding) -> str:
@@ -158,12 +166,12 @@ def _digits(value: float) -> str:
 _SHOWN = (f.WER, f.BLEU, f.SLU, f.AGREEMENT)
 
 
-def _system(system: s.System, seeds: Sequence[int]) -> str:
+def _system(system: s.System, seeds: s.Seeds) -> str:
     cells = [f"`{system.name}`", system.says, system.config, _utterances(system.few)]
     cells.append("0" if system.name == "untrained" else str(system.steps))
     for figure in _SHOWN:
         side = Side(system.name, figure)
-        cells.append(_figure(side, side.values(seeds)) if system.inputs else "")
+        cells.append(_figure(side, side.values(seeds.of(system.name))) if system.inputs else "")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -181,17 +189,16 @@ def _utterances(few: bool) -> str:
     return str(3 * (s.FEW_PER_LANGUAGE if few else CorpusSettings().train_per_language))
 
 
-def _plot_scores(path: Path, seeds: Sequence[int]) -> None:
+def _plot_scores(path: Path, seeds: s.Seeds) -> None:
     shown = [system for system in s.SYSTEMS if system.inputs]
     groups = (f.BLEU, f.SLU, f.OWN)
     figure, axes = plt.subplots(figsize=(8, 3.4), dpi=80)
     for n, group in enumerate(groups):
-        values = [Side(system.name, group).values(seeds) for system in shown]
+        values = [Side(system.name, group).values(seeds.of(system.name)) for system in shown]
         at = [i + 0.26 * (n - 1) for i in range(len(shown))]
         axes.bar(at, [mean(v) for v in values], 0.24, label=group.name)
-        axes.scatter(
-            [x for x in at for _ in seeds], [v for vs in values for v in vs], s=5, c="black"
-        )
+        across = [x for x, found in zip(at, values, strict=True) for _ in found]
+        axes.scatter(across, [v for found in values for v in found], s=5, c="black")
     axes.set_xticks(range(len(shown)), [system.name for system in shown], rotation=40, ha="right")
     axes.set_ylim(0, 100)
     axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
@@ -200,12 +207,12 @@ def _plot_scores(path: Path, seeds: Sequence[int]) -> None:
     plt.close(figure)
 
 
-def _plot_losses(path: Path, seeds: Sequence[int]) -> None:
+def _plot_losses(path: Path, seeds: s.Seeds) -> None:
     figure, axes = plt.subplots(figsize=(5, 3), dpi=80)
     for number, name in enumerate(("cont", "cont_ctc", "cont_few", "multi")):
-        for seed in seeds:
+        for seed in seeds.every:
             losses = f.smoothed(Outcome(name, seed).losses)
-            label = name if seed == seeds[0] else None
+            label = name if seed == seeds.every[0] else None
             axes.plot(losses, color=f"C{number}", linewidth=0.8, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("step")

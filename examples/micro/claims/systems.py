@@ -13,7 +13,6 @@ WORLD = "build/micro"
 MADE = f"{WORLD}/claims"  # subsets, targets and word times
 RUNS = "runs/claims"
 STEPS = 460
-SEEDS = (1, 2, 3)
 FEW_PER_LANGUAGE = 80
 HELD_OUT_PER_LANGUAGE = 60
 CUT_TOKENS = 6
@@ -21,6 +20,23 @@ CUT_TOKENS = 6
 FULL = f"{WORLD}/shards/train*.tar"
 FEW = f"{MADE}/few/few-*.tar"
 HELD_OUT = f"{MADE}/heldout/heldout-*.tar"
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Which seeds each system is trained with."""
+
+    every: tuple[int, ...] = (1, 2, 3)
+    close: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10)
+    """Besides, of `CLOSE`; how many was settled before any of them was run."""
+
+    def of(self, *systems: str) -> tuple[int, ...]:
+        """The seeds that all of these have."""
+        return self.every + (self.close if all(name in CLOSE for name in systems) else ())
+
+
+CLOSE = ("cont_few", "multi_few")
+"""Their difference has to hold (claim E), and three seeds' spread is as large as it."""
 
 COMMON = {
     "run.experiment": "claims",
