@@ -204,7 +204,8 @@ def test_stopped_by_the_server_it_asks_only_what_is_missing(
         run(config)
     run(config)
     prompts = [body["prompt"] for _, body, _ in server.requests]
-    assert len(prompts) == 40 + 1
+    # The refused one twice, and another that was on its way when the refusal came.
+    assert 40 + 1 <= len(prompts) <= 40 + 2
     assert len(set(prompts)) == 40
 
 
