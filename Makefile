@@ -9,7 +9,7 @@ SHELL  := /bin/bash
 .PHONY: help setup demo claims test test-slow lint clean
 
 help:
-	@echo "make demo       micro world -> shards -> stage 1 -> stage 2 -> evaluation (about 12 minutes, set-up included)"
+	@echo "make demo       micro world -> shards -> stage 1 -> stage 2 -> evaluation (about 13 minutes, set-up included)"
 	@echo "make claims     the papers' claims put to the micro world -> docs/claims.md (about an hour)"
 	@echo "make test       the tests, on tiny random models (minutes)"
 	@echo "make test-slow  what takes longer: the demo's pipeline, checked"
