@@ -14,7 +14,12 @@ step "stage 1: the LLM continues the transcripts" on_ranks train/behave.py $conf
 step "stage 2: the adapter learns to make it continue the speech" on_ranks train/main.py $config
 step "evaluation on tasks the adapter never saw" \
   on_ranks train/evaluate.py $config --json runs/micro/blsp/evaluation.json
-step "a new recording" python -m examples.micro.record runs/micro/new.wav --seed 14
-step "listen" python train/listen.py runs/micro/blsp runs/micro/new.wav \
-  --instruction "repeat the sentence"
+for language in en es de; do
+  step "a new recording" \
+    python -m examples.micro.record runs/micro/new-$language.wav --language $language --seed 14
+done
+for instruction in "repeat the sentence" "translate to english"; do
+  step "listen" python train/listen.py runs/micro/blsp runs/micro/new-{en,es,de}.wav \
+    --instruction "$instruction"
+done
 printf '\nAll of it took %d s. To look at the runs: .venv/bin/mlflow ui\n' $((SECONDS - began))
