@@ -10,7 +10,7 @@ SHELL  := /bin/bash
 
 help:
 	@echo "make demo       micro world -> shards -> stage 1 -> stage 2 -> evaluation (about 13 minutes, set-up included)"
-	@echo "make claims     the papers' claims put to the micro world -> docs/claims.md (about an hour)"
+	@echo "make claims     the papers' claims put to the micro world -> docs/claims.md (well over an hour)"
 	@echo "make test       the tests, on tiny random models (minutes)"
 	@echo "make test-slow  what takes longer: the demo's pipeline, checked"
 	@echo "make lint       ruff, mypy, clang-format"
