@@ -40,6 +40,7 @@ from data.shards import Overlay, ShardSet, write_overlay
 from data.words import words_record
 
 _METHOD = "ctc-1"  # changes when the same model would give other times
+_MAX_SECONDS = 600.0  # longer recordings are not aligned, whatever their index says
 
 _aligner: Aligner | None = None  # in a worker: what aligns
 
@@ -151,7 +152,8 @@ def align_shard(job: Job, aligner: Aligner) -> None:
     for i in sorted(range(len(base)), key=lambda i: (languages[i], i)):
         try:
             data = retried(lambda i=i: base.read(i, "flac"), lambda i=i: base.shard_name(i))  # type: ignore[misc]
-            wave = decode(data, max_seconds=int(base.num_samples[i]) / SAMPLE_RATE + 1)
+            planned = int(base.num_samples[i]) / SAMPLE_RATE + 1
+            wave = decode(data, max_seconds=min(planned, _MAX_SECONDS))
             records[i] = words_record(aligner(wave, texts[i], languages[i]))
         except (Unaligned, ContentError, AudioError) as fault:
             records[i] = {"words": [], "unaligned": str(fault)}

@@ -9,6 +9,7 @@ The same rows give the same bytes: times, owners, modes and order are ours. A fi
 its name only when whole, and the index appears last, so an index stands for a finished shard.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,8 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
+from data.parsing import parse_json
+
 FORMAT = 1
+TAR_BLOCK = 512
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _META = b"hearken"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(r"(?!/)[^.\x00-\x1f\x7f]+(?<!/)")
 
 
@@ -105,25 +111,52 @@ def drafted(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(draft, path)
-        except BaseException:
+        except BaseException as error:
             draft.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                error.filename = str(path)  # a write does not know what it was writing
             raise
+
+
+@contextmanager
+def readable_index(index: str | Path) -> Iterator[None]:
+    """Turns whatever pyarrow says of a file that is no index of ours into a `ShardError`."""
+    try:
+        yield
+    # OSError: what Parquet cannot decode; it does not tell that from a disk that cannot be read.
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ShardError(f"{index}: not a shard index ({reason}); build the shard again") from None
 
 
 def read_meta(index: str | Path, file: Any = None) -> dict[str, Any]:
     """An index's own metadata, from `file` where it is open already.
 
-    Raises `ShardError` where it is no index of ours.
+    Raises `ShardError` where it is no index of ours, or promises more than its tar can hold.
     """
+    with readable_index(index):
+        footer = pq.read_metadata(index if file is None else file)
+        text = (footer.metadata or {}).get(_META, b"{}")
     try:
-        schema = pq.read_schema(index if file is None else file)
-    except (pa.ArrowException, FileNotFoundError) as error:
-        raise ShardError(f"{index}: not a shard index ({error}); build the shard again") from None
-    meta = json.loads((schema.metadata or {}).get(_META, b"{}"))
-    if meta.get("format") != FORMAT:
+        meta = parse_json(text)
+    except ValueError as error:
+        raise ShardError(f"{index}: metadata is {error}; build the shard again") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        found = meta.get("format") if isinstance(meta, dict) else meta
         raise ShardError(
-            f"{index}: index format is {meta.get('format')}, expected {FORMAT}; "
-            "build the shard again"
+            f"{index}: index format is {found!r:.40}, expected {FORMAT}; build the shard again"
+        )
+    size, sha256 = meta.get("tar_bytes"), meta.get("tar_sha256")
+    if type(size) is not int or size < 0 or not _SHA256.fullmatch(str(sha256)):
+        raise ShardError(
+            f"{index}: tar_bytes is {size!r:.40} and tar_sha256 {sha256!r:.40}, expected a size "
+            "and 64 hexadecimal digits; build the shard again"
+        )
+    # A few bytes of Parquet can promise any number of rows; each has a header of 512 in the tar.
+    if footer.num_rows * TAR_BLOCK > size:
+        raise ShardError(
+            f"{index}: has {footer.num_rows} samples, but its tar of {size} bytes cannot; build "
+            "the shard again"
         )
     return meta
 

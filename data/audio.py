@@ -59,9 +59,12 @@ def decode(
         raise AudioError(f"not audio that libsndfile can open ({error.error_string})") from None
     if not len(mono):
         raise AudioError("empty: 0 samples")
-    if not np.isfinite(mono).all():
-        raise AudioError(f"not finite: {int((~np.isfinite(mono)).sum())} samples are NaN or Inf")
-    return mono if rate == SAMPLE_RATE else resample(mono, rate)
+    wave = mono if rate == SAMPLE_RATE else resample(mono, rate)
+    for each in (mono, wave):  # samples of 1e38 are finite, their sums need not be
+        if not np.isfinite(each).all():
+            bad = int((~np.isfinite(each)).sum())
+            raise AudioError(f"not finite: {bad} samples are NaN or Inf")
+    return wave
 
 
 def is_silent(wave: np.ndarray) -> bool:

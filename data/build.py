@@ -1,5 +1,8 @@
 """`python -m data.build KIND SRC OUT`: a corpus on disk to shards.
 
+    python -m data.build librispeech LibriSpeech/ shards/ --language en
+    python -m data.build manifest train.jsonl shards/ --workers 8
+
 OUT/SPLIT-000000.tar and so on, each with its index beside it, one set per split of the corpus,
 and OUT/SPLIT.skipped.jsonl with what was left out and why. Utterances lie in an order drawn from
 their keys. Run again, it does what is missing or out of date; the same input gives the same bytes.
@@ -26,6 +29,9 @@ from data.archive import ShardError, index_path
 from data.convert import Job, Outcome, convert, write_text
 from data.corpora import READERS, CorpusError, Fault, Utterance
 from data.pool import run_jobs
+
+_LONGEST = 200
+"""Bytes of a split's name: a file's may have 255, and shards add to it."""
 
 
 @dataclass
@@ -79,9 +85,11 @@ def scan(found: Iterable[Utterance | Fault], options: argparse.Namespace) -> dic
         wanted = f" of split {options.split!r}" if options.split else ""
         raise CorpusError(f"{options.src}: no utterance{wanted} found")
     for name in splits:
-        if not re.fullmatch(r"[\w-]+", name):
+        if not re.fullmatch(r"[\w-]+", name) or len(name.encode()) > _LONGEST:
+            shown = name if len(name) < 80 else f"{name[:80]}..."
             raise CorpusError(
-                f"{options.src}: split {name!r} cannot name a file, use letters, digits, - and _"
+                f"{options.src}: split {shown!r} cannot name a file, use letters, digits, - and _, "
+                f"{_LONGEST} bytes at most"
             )
     return splits
 
@@ -174,7 +182,11 @@ def _remove_outdated(name: str, shards: int, out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("kind", choices=sorted(READERS), help="how the corpus lies on disk")
     parser.add_argument("src", type=Path, help="the corpus: a folder, or a manifest file")
     parser.add_argument("out", type=Path, help="the folder to write shards to")

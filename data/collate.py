@@ -1,20 +1,21 @@
 """One layout per bin: what stands at every LLM position, planned once, on the CPU.
 
-T packed LLM positions, D documents, C clips, L labels. Device code follows the layout and never
+S positions of D documents in T rows, C clips, L labels. Device code follows the layout and never
 looks at single samples.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
 
 import numpy as np
 import torch
 
 from data.audio import SAMPLE_RATE
 from data.prompts import Document, Speech, Text
+from data.sharing import Shared, share_prompts
+from data.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -78,31 +79,17 @@ class Sample:
         return self.clip.slots if self.clip else 0
 
 
-class Tensors:
-    """A dataclass of tensors, of more such, and of plain values."""
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        """The same with `change` done to all of its tensors."""
-
-        def changed(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return change(value)
-            return value.map(change) if isinstance(value, Tensors) else value
-
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return type(self)(**{f.name: changed(getattr(self, f.name)) for f in fields})
-
-
 @dataclass
 class Layout(Tensors):
-    """Documents packed one after another.
+    """Documents packed one after another; T = S unless they share rows.
 
     source      int64 [T]: a token id >= 0, or -(r + 1) for row r of all clips' slots in a row
     positions   int64 [T]: counted from 0 in each document
-    cu_seqlens  int32 [D + 1]: where the documents begin, and T
+    cu_seqlens  int32 [D + 1]: where the documents begin, and S
     lengths     [D] positions of each document, on the host
-    label_rows  int64 [L]: the position whose OUTPUT predicts the label, the one before it
+    label_rows  int64 [L]: the row in T whose OUTPUT predicts the label, the position before it
     label_ids   int64 [L]
+    shared      which rows several documents begin with; None where each has rows of its own
     """
 
     source: torch.Tensor
@@ -112,6 +99,12 @@ class Layout(Tensors):
     max_seqlen: int
     label_rows: torch.Tensor
     label_ids: torch.Tensor
+    shared: Shared | None
+
+    @property
+    def num_shared(self) -> int:
+        """Positions that have no row of their own, S - T."""
+        return sum(self.lengths) - len(self.source)
 
 
 @dataclass
@@ -233,12 +226,15 @@ def collate(
     samples: Sequence[Sample],
     *,
     silence: Clip | None = None,
+    share: bool = False,
     epoch: int = -1,
     step: int = -1,
     bin: int = -1,
     skipped: Sequence[Skip] = (),
 ) -> Batch:
     """Pack samples, one document each, and their clips.
+
+    With `share`, a prompt that several documents begin with is there once (see `data.sharing`).
 
     Where none of them has a clip, encoder and adapter run on `silence`, which no document hears:
     under ZeRO-3 every rank must run every module equally often.
@@ -247,7 +243,7 @@ def collate(
     document's first position, which no output predicts, and where what is read does not have the
     labels of what is heard.
     """
-    heard = lay_out([sample.document for sample in samples], samples)
+    heard = lay_out([sample.document for sample in samples], samples, share)
     spoken = [sample for sample in samples if sample.clip]
     silent = not spoken and silence is not None
     if silent:
@@ -255,7 +251,7 @@ def collate(
     clips = [sample.clip for sample in spoken if sample.clip]
     return Batch(
         **vars(heard),
-        features=_pad_features([clip.features for clip in clips]),
+        features=pad_features([clip.features for clip in clips]),
         samples=tuple(clip.samples for clip in clips),
         frames=tuple(clip.frames for clip in clips),
         slots=tuple(clip.slots for clip in clips),
@@ -266,13 +262,15 @@ def collate(
         step=step,
         bin=bin,
         skipped=tuple(skipped),
-        read=_lay_out_read(heard, samples),
+        read=_lay_out_read(heard, samples, share),
         transcripts=_spell(spoken),
         words=_place_words(spoken),
     )
 
 
-def lay_out(documents: Sequence[Document], samples: Sequence[Sample]) -> Layout:
+def lay_out(
+    documents: Sequence[Document], samples: Sequence[Sample], share: bool = False
+) -> Layout:
     """Pack one document of each sample; raises as `collate` does."""
     first_rows = np.cumsum([0, *(sample.slots for sample in samples)])
     sources: list[np.ndarray] = []
@@ -290,15 +288,23 @@ def lay_out(documents: Sequence[Document], samples: Sequence[Sample]) -> Layout:
             )
     source = np.concatenate([np.empty(0, np.int64), *sources])
     cu_seqlens = np.cumsum([0, *lengths])
+    positions = np.arange(len(source)) - np.repeat(cu_seqlens[:-1], lengths)
     label_at = np.flatnonzero(np.concatenate([np.empty(0, bool), *labelled]))
+    label_rows, label_ids = label_at - 1, source[label_at]
+    shared = share_prompts(documents, cu_seqlens) if share else None
+    if shared is not None:
+        first = shared.first.numpy()
+        source, positions = source[first], positions[first]
+        label_rows = shared.rows.numpy()[label_rows]
     return Layout(
         source=torch.from_numpy(source),
-        positions=torch.from_numpy(np.arange(len(source)) - np.repeat(cu_seqlens[:-1], lengths)),
+        positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         lengths=tuple(lengths),
         max_seqlen=max(lengths, default=0),
-        label_rows=torch.from_numpy(label_at - 1),
-        label_ids=torch.from_numpy(source[label_at]),
+        label_rows=torch.from_numpy(label_rows),
+        label_ids=torch.from_numpy(label_ids),
+        shared=shared,
     )
 
 
@@ -322,7 +328,7 @@ def dummy_batch(
     return dataclasses.replace(batch, weight=0.0, keys=(), silent=True)
 
 
-def _lay_out_read(heard: Layout, samples: Sequence[Sample]) -> Layout | None:
+def _lay_out_read(heard: Layout, samples: Sequence[Sample], share: bool) -> Layout | None:
     """The documents to read, if there are any: of all samples, with the labels of `heard`."""
     documents = [sample.read for sample in samples if sample.read is not None]
     if not documents:
@@ -333,7 +339,7 @@ def _lay_out_read(heard: Layout, samples: Sequence[Sample]) -> Layout | None:
     for sample in samples:
         if _labels(sample.document) != _labels(sample.read or ()):
             raise ValueError(f"{sample.key}: what is read has other labels than what is heard")
-    read = lay_out(documents, samples)
+    read = lay_out(documents, samples, share)
     assert torch.equal(read.label_ids, heard.label_ids)
     return read
 
@@ -425,7 +431,7 @@ def _is_label(part: Text | Speech) -> bool:
     return isinstance(part, Text) and part.labelled
 
 
-def _pad_features(features: Sequence[np.ndarray]) -> torch.Tensor:
+def pad_features(features: Sequence[np.ndarray]) -> torch.Tensor:
     """[..., length] arrays as one float32 [C, ..., longest], zeros at the end."""
     if not features:
         return torch.zeros(0, 0)

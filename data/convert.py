@@ -4,6 +4,7 @@
 left out, so that a second run skips what is done and still reports all of it.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -141,6 +142,10 @@ def _exists(path: Path) -> bool:
         return path.is_file()
     except ValueError:  # a NUL byte in the name
         return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def _fingerprint(job: Job) -> str:
@@ -149,7 +154,7 @@ def _fingerprint(job: Job) -> str:
     for utterance in job.utterances:
         file: list[Any] = [str(utterance.audio or "")]
         if utterance.audio is not None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # not there, or a NUL byte in the name
                 stat = utterance.audio.stat()
                 file += [stat.st_size, stat.st_mtime_ns]
         facts = [

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import pyarrow.compute as pc
 
+from data.archive import ShardError
 from data.augment import Augmenter
 from data.draws import TARGETS, draws
 from data.interleave import Interleave, Interleaver
@@ -58,6 +59,13 @@ class LengthTable:
         per_target = targets.column("instruction").combine_chunks()
         written = pc.list_value_length(per_target).to_numpy().astype(np.int64)
         answer_tokens = _flat_ints(targets)
+        counted = pc.list_value_length(targets.column("num_tokens").combine_chunks())
+        if not np.array_equal(counted.to_numpy(), written):
+            i = int(np.flatnonzero(counted.to_numpy() != written)[0])
+            raise ShardError(
+                f"{targets.shard_name(i)}: its index has {counted[i]} counts of tokens for "
+                f"{written[i]} instructions of {shards.key(i)!r}; make the targets again"
+            )
         of_sample = np.repeat(np.arange(len(written)), written)
         answered = np.flatnonzero(answer_tokens)
         self._counts = np.bincount(of_sample[answered], minlength=len(written))
@@ -138,5 +146,8 @@ def _flat_ints(targets: Overlay) -> np.ndarray:
 def _prompt_tokens(instructions_per_sample: object, prompt: Prompt) -> np.ndarray:
     """[targets] int64: prompt tokens of each target; every distinct instruction is read once."""
     coded = instructions_per_sample.flatten().dictionary_encode()  # type: ignore[attr-defined]
-    lengths = [sum(map(len, prompt.parts(text))) for text in coded.dictionary.to_pylist()]
+    try:
+        lengths = [sum(map(len, prompt.parts(text))) for text in coded.dictionary.to_pylist()]
+    except ValueError as error:
+        raise ShardError(f"the targets do not fit the prompt: {error}") from None
     return np.asarray(lengths, dtype=np.int64)[coded.indices.to_numpy()]

@@ -25,10 +25,14 @@ import yaml
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.bounded import bounded
+from data.parsing import brief, parse_yaml
 from data.templates import Template, TemplateError, write_templates
 
 _MARK = "\ue000Transcript\ue001"  # of private use: no template has it; in two cases of letters
 _LONGEST = 2000  # characters of an instruction
+_LONGEST_SOURCE = 20_000  # of a template
+_SECONDS, _BYTES = 2.0, 256 << 20  # what rendering one may take
 
 
 class Unfit(Exception):
@@ -111,20 +115,21 @@ def read_promptsource(
         TemplateError: it is no such file.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = parse_yaml(path.read_bytes(), _Loader)
     except FileNotFoundError:
         raise TemplateError(f"template file {path} does not exist") from None
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise TemplateError(f"{path} is no YAML of PromptSource's: {said}") from None
+    except ValueError as error:
+        raise TemplateError(f"{path} is {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("templates"), dict):
         raise TemplateError(f"{path}: expected a mapping with `templates`, as PromptSource writes")
-    dataset = "/".join(str(tree[part]) for part in ("dataset", "subset") if tree.get(part))
+    named = [tree[part] for part in ("dataset", "subset") if tree.get(part)]
+    dataset = "/".join(part if isinstance(part, str) else brief(part) for part in named)
     taken: list[Template] = []
     refused: list[Refused] = []
     seen = {(t.instruction, t.language): t.name for t in known}
     for number, raw in tree["templates"].items():
-        name = f"{dataset}/{raw.get('name', number) if isinstance(raw, dict) else number}"
+        own = raw.get("name", number) if isinstance(raw, dict) else number
+        name = f"{dataset}/{own if isinstance(own, str) else brief(own)}"
         try:
             instruction = _instruction(raw, field)
             code = language or _language(raw)
@@ -134,7 +139,7 @@ def read_promptsource(
             refused.append(Refused(name, str(unfit)))
             continue
         seen[instruction, code] = name
-        origin = f"PromptSource {dataset} {number}"
+        origin = f"PromptSource {dataset} {number if isinstance(number, str) else brief(number)}"
         taken.append(
             Template(
                 _unique(name, [*known, *taken]), task or dataset, code, instruction, origin=origin
@@ -158,11 +163,29 @@ def _instruction(raw: Any, field: str | None) -> str:
     if not isinstance(raw, dict) or not isinstance(raw.get("jinja"), str):
         raise Unfit("has no Jinja text")
     source = raw["jinja"].partition("|||")[0]
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    if len(source) > _LONGEST_SOURCE:
+        raise Unfit(f"is longer than {_LONGEST_SOURCE} characters")
     try:
-        needed = meta.find_undeclared_variables(environment.parse(source)) - {"answer_choices"}
+        # Reading it is enough to run it: Jinja computes what is constant.
+        with bounded(_SECONDS, _BYTES):
+            text = _rendered(source, _choices(raw), field)
+    except Unfit:
+        raise
     except jinja2.TemplateSyntaxError as error:
         raise Unfit(f"its prompt is no Jinja text by itself ({error.message})") from None
+    except jinja2.exceptions.SecurityError as error:
+        raise Unfit(f"does what the sandbox forbids ({error})") from None
+    except (TimeoutError, MemoryError):
+        raise Unfit(f"takes more than {_SECONDS} s or {_BYTES >> 20} MB to render") from None
+    except Exception as error:  # a stranger's program: whatever Python can raise
+        raise Unfit(f"cannot be rendered ({' '.join(str(error).split())[:200]})") from None
+    return _checked(text.strip())
+
+
+def _rendered(source: str, choices: list[str], field: str | None) -> str:
+    """The prompt with a mark for the transcript; raises `Unfit`, and whatever Jinja does."""
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    needed = meta.find_undeclared_variables(environment.parse(source)) - {"answer_choices"}
     needed -= set(environment.globals)
     if not needed:
         raise Unfit("has no place for the transcript")
@@ -172,14 +195,8 @@ def _instruction(raw: Any, field: str | None) -> str:
         raise Unfit(f"needs more than the transcript: {others}")
     if transcript not in needed:
         raise Unfit(f"has no place for {transcript!r}")
-    values = {transcript: _Transcript(), "answer_choices": _choices(raw)}
-    try:
-        text = environment.from_string(source).render(values)
-    except jinja2.exceptions.SecurityError as error:
-        raise Unfit(f"does what the sandbox forbids ({error})") from None
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        raise Unfit(f"cannot be rendered ({' '.join(str(error).split())})") from None
-    return _checked(text.strip())
+    values = {transcript: _Transcript(), "answer_choices": choices}
+    return environment.from_string(source).render(values)
 
 
 def _checked(text: str) -> str:
@@ -222,14 +239,17 @@ def broken(wording: str) -> str | None:
 def _choices(raw: dict[str, Any]) -> list[str]:
     """The template's fixed answer choices; choices that depend on the sample are none."""
     text = raw.get("answer_choices") or ""
+    if not isinstance(text, str):
+        raise Unfit(f"has answer choices that are no text: {brief(text)}")
     return [] if "{{" in text or "{%" in text else [part.strip() for part in text.split("|||")]
 
 
 def _language(raw: dict[str, Any]) -> str:
-    named = (raw.get("metadata") or {}).get("languages") or []
-    if len(named) != 1:
-        raise Unfit(f"fits no one language: its own are {named}; name one")
-    return str(named[0])
+    about = raw.get("metadata")
+    named = about.get("languages") if isinstance(about, dict) else None
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        raise Unfit(f"fits no one language: its own are {brief(named or [])}; name one")
+    return named[0]
 
 
 def _unique(name: str, taken: Sequence[Template]) -> str:

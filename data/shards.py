@@ -18,13 +18,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.archive import ContentError, Row, ShardError, column, index_path, read_meta, write_shard
+from data.archive import (
+    TAR_BLOCK,
+    ContentError,
+    Row,
+    ShardError,
+    column,
+    index_path,
+    read_meta,
+    readable_index,
+    write_shard,
+)
 from data.cache import Cache
+from data.columns import check_column
+from data.parsing import parse_json
 from data.remote import is_remote, shown
 from data.sources import OpenSources, expand, index_address, read_index
 from data.targets import INDEXED
 
-_TAR_BLOCK = 512
+MAX_MEMBER = 1 << 30
+"""Bytes of one member; hours of FLAC."""
+_PLACE = ("offset", "size")
 
 
 class ShardSet:
@@ -83,7 +97,10 @@ class ShardSet:
     @cached_property
     def shard_starts(self) -> np.ndarray:
         """[shards + 1] int64: shard s holds samples shard_starts[s] .. shard_starts[s + 1] - 1."""
-        counts = [pq.read_metadata(_file(index)).num_rows for index in self._indexes]
+        counts = []
+        for address, index in zip(self.addresses, self._indexes, strict=True):
+            with readable_index(shown(index_address(address))):
+                counts.append(pq.read_metadata(_file(index)).num_rows)
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     @cached_property
@@ -121,16 +138,27 @@ class ShardSet:
         return self.column("language")
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """[N] values of an index column; raises `ShardError` where an index has no such column."""
+        """[N] values of an index column; raises `ShardError` where an index has none, or bad ones.
+
+        An index may be a stranger's: what is taken from it here has the type that it should have,
+        no gaps, and no key that a tar of ours could not hold.
+        """
         if name not in self._columns:
             parts: list[pa.Array] = []
             for address, index in zip(self.addresses, self._indexes, strict=True):
-                with pq.ParquetFile(_file(index)) as file:
+                where = shown(index_address(address))
+                with readable_index(where), pq.ParquetFile(_file(index)) as file:
                     names = file.schema_arrow.names
                     if name in names:
-                        parts += file.read([name], use_threads=False).column(0).chunks
+                        found = file.read([name], use_threads=False).column(0)
+                        if len(found) != file.metadata.num_rows:
+                            raise ShardError(
+                                f"{where}: column {name!r} has {len(found)} values, but there are "
+                                f"{file.metadata.num_rows} samples; build the shard again"
+                            )
+                        check_column(found, name, where)
+                        parts += found.chunks
                     elif file.metadata.num_rows:
-                        where = shown(index_address(address))
                         raise ShardError(f"{where}: no column {name!r}, found {names}")
             self._columns[name] = pa.chunked_array(parts) if parts else pa.chunked_array([[]])
         return self._columns[name]
@@ -158,38 +186,61 @@ class ShardSet:
         offset, size = self.place(i, member)
         if offset < 0:
             raise ContentError(f"the tar has no member {member!r} for it")
+        whole = self.metas[self._shard(i)]["tar_bytes"]
+        if offset < TAR_BLOCK or offset + size > whole or size > MAX_MEMBER:
+            raise ContentError(
+                f"the index places {member!r} at bytes {offset} to {offset + size} of {whole}"
+                + (f", more than the {MAX_MEMBER} that one may have" if size > MAX_MEMBER else "")
+            )
         # The header is read along: a tar of the same size that was put in place is noticed here.
-        raw = self._sources[self._address(i)].read_at(offset - _TAR_BLOCK, _TAR_BLOCK + size)
-        if len(raw) < _TAR_BLOCK + size:
+        raw = self._sources[self._address(i)].read_at(offset - TAR_BLOCK, TAR_BLOCK + size)
+        if len(raw) < TAR_BLOCK + size:
             raise ContentError(f"truncated tar: {member} ends after {len(raw)} bytes")
         # The plain header's name; names that it cannot hold stand whole in a PAX header before it.
         name = f"{self.key(i)}.{member}".encode("ascii", "replace")[:100]
         if raw[:100].rstrip(b"\0") != name:
             raise ContentError("the index does not match its tar: another member is in its place")
-        return raw[_TAR_BLOCK:]
+        kind, octal = raw[156:157], raw[124:136].strip(b"\0 ")
+        if kind not in b"0\0" or octal.lstrip(b"0") != (b"%o" % size).lstrip(b"0"):
+            raise ContentError(
+                f"the index does not match its tar: {member} is no plain file of {size} bytes there"
+            )
+        return raw[TAR_BLOCK:]
 
     def read_json(self, i: int, member: str = "json") -> dict[str, Any]:
         """Sample i's JSON member; raises `ContentError` where it is not a JSON object."""
         try:
-            value = json.loads(self.read(i, member))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ContentError(f"{member} is not JSON: {error}") from None
+            value = parse_json(self.read(i, member))
+        except ContentError:
+            raise
+        except ValueError as error:
+            raise ContentError(f"{member} is {error}") from None
         if not isinstance(value, dict):
             raise ContentError(f"{member} is {type(value).__name__}, expected an object")
         return value
 
+    def _shard(self, i: int) -> int:
+        return int(np.searchsorted(self.shard_starts, i, side="right")) - 1
+
     def _address(self, i: int) -> str:
-        return self.addresses[int(np.searchsorted(self.shard_starts, i, side="right")) - 1]
+        return self.addresses[self._shard(i)]
 
     def _ends(self, s: int) -> np.ndarray:
         """[samples of shard s] int64: where each one's last member ends in the tar."""
-        table = pq.read_table(_file(self._indexes[s]))
-        ends = np.zeros(len(table), dtype=np.int64)
-        for name in table.column_names:
-            if name.endswith("_offset"):
-                size = table.column(name.removesuffix("_offset") + "_size").to_numpy()
-                ends = np.maximum(ends, table.column(name).to_numpy() + size)
+        first, last = self.shard_starts[s : s + 2].tolist()
+        ends = np.zeros(last - first, dtype=np.int64)
+        for name in self._members(s):
+            offset, size = (self.column(column(name, what))[first:last] for what in _PLACE)
+            ends = np.maximum(ends, offset.to_numpy() + size.to_numpy())
         return ends
+
+    def _members(self, s: int) -> list[str]:
+        """Names of the members that shard s's index places."""
+        where = shown(index_address(self.addresses[s]))
+        with readable_index(where):
+            names = pq.read_schema(_file(self._indexes[s])).names
+        found = [name.removesuffix("_offset") for name in names if name.endswith("_offset")]
+        return [name.replace("_", ".") for name in found]
 
     def _check_truncated(self, s: int, found: int, expected: int) -> None:
         """Raise `ShardError` unless the index matches what is left of shard s."""
@@ -198,9 +249,9 @@ class ShardSet:
         try:
             for row in (*left[:1], *left[-1:]):
                 i = int(self.shard_starts[s] + row)
-                for name in pq.read_schema(_file(self._indexes[s])).names:
-                    if name.endswith("_offset") and self.column(name)[i].as_py() >= 0:
-                        self.read(i, name.removesuffix("_offset").replace("_", "."))
+                for member in self._members(s):
+                    if self.place(i, member)[0] >= 0:
+                        self.read(i, member)
         except ContentError:
             left = left[:0]
         if not len(left):
@@ -277,6 +328,10 @@ class Overlay:
         """The record of the base's sample i; raises like `ShardSet.read_json`."""
         return self.shards.read_json(int(self._rows[i]), self.member)
 
+    def read(self, i: int) -> bytes:
+        """The bytes of the base's sample i's record; raises like `ShardSet.read`."""
+        return self.shards.read(int(self._rows[i]), self.member)
+
     def shard_name(self, i: int) -> str:
         """The overlay shard that holds the record of the base's sample i."""
         return self.shards.shard_name(int(self._rows[i]))
@@ -284,13 +339,15 @@ class Overlay:
 
 def write_overlay(
     path: str | Path,
-    items: Iterable[tuple[str, Mapping[str, Any]]],
+    items: Iterable[tuple[str, Mapping[str, Any] | bytes]],
     member: str = "targets.json",
     meta: Mapping[str, Any] | None = None,
     *,
     base: ShardSet,
 ) -> int:
-    """Write one overlay shard: (key, JSON record) pairs made from `base`'s samples of those keys.
+    """Write one overlay shard: (key, record) pairs made from `base`'s samples of those keys.
+
+    A record is JSON's, or bytes that are written as they are.
 
     `meta` (teacher, template, decoding, ...) goes into the index. Returns the number of records.
     Raises `ShardError` on a key that `base` does not have, or that comes twice.
@@ -303,9 +360,11 @@ def write_overlay(
         for key, record in items:
             if key not in rows_of:
                 raise ShardError(f"{path}: key {key!r} is in none of {_names(base)}")
-            encoded = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-            sha = shas[rows_of[key]].as_py()
-            yield Row(key, {member: encoded}, {"base_sha": sha, **columns_of(record)})
+            facts = {"base_sha": shas[rows_of[key]].as_py()}
+            if not isinstance(record, bytes):
+                facts |= columns_of(record)
+                record = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            yield Row(key, {member: record}, facts)
 
     own = {"kind": member, "base_digest": base.digest}
     return write_shard(path, rows(), {"base_sha": pa.string(), **fields}, {**(meta or {}), **own})

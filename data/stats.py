@@ -1,5 +1,8 @@
 """`python -m data.stats SHARDS`: hours, lengths, languages, and how well they pack.
 
+    python -m data.stats shards/train*.tar --seconds-per-bin 60
+    python -m data.stats shards/train*.tar --histogram lengths.png
+
 Packing is planned as training would, under the given budgets; without targets to count, by audio
 seconds alone. `--histogram FILE.png` draws the lengths, by language where there are several.
 """
@@ -142,7 +145,11 @@ def _per_language(shards: ShardSet) -> np.ndarray:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.stats", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.stats",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("shards", nargs="+", help="tar shards: paths, folders, globs, {a..b}")
     parser.add_argument("--histogram", type=Path, metavar="FILE.png")
     parser.add_argument("--seed", type=int, default=0)

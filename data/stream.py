@@ -6,7 +6,7 @@ the system refuses is tried again, with growing pauses, and then stops the run.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from data.plan import Plan, bins_of
 from data.prompts import Document, Prompt, Text
 from data.retry import retried
 from data.shards import Overlay, ShardSet
+from data.states import parse_states
 from data.targets import Target, parse_targets
 from data.workers import in_workers
 
@@ -47,8 +48,10 @@ class Stream:
     lengths: LengthTable
     plan: Plan
     augmenter: Augmenter | None = None
+    states: Overlay | None = None  # a frozen encoder's, in place of the audio
     workers: int = 0
     prefetch: int = 4  # batches that each worker keeps ready
+    share: bool = False  # prompts that documents of a bin begin with are in it once
     reads: bool = False  # samples have what a teacher reads
     spells: bool = False  # samples have their transcript's tokens
     labels: LanguageLabels = field(default_factory=lambda: LanguageLabels(()))  # of clips
@@ -99,7 +102,16 @@ class Stream:
             refused=lengths.refused() | targets.lost | shards.lost,
         )
         return cls(
-            shards, targets, prompt, rule, featurize, lengths, plan, augmenter, workers, reads=reads
+            shards,
+            targets,
+            prompt,
+            rule,
+            featurize,
+            lengths,
+            plan,
+            augmenter,
+            workers=workers,
+            reads=reads,
         )
 
     def steps_in_epoch(self, epoch: int) -> int:
@@ -126,6 +138,20 @@ class Stream:
             self.wait_seconds += time.perf_counter() - started
             yield step
 
+    def alone(
+        self, epoch: int, step: int, bins: Sequence[int], *, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
+        """This rank's share of the samples of some of a step's bins, each a batch of its own.
+
+        To find which of them is at fault. Dummies make it equally many for every rank.
+        """
+        reader = _BinReader(self, epoch, step, rank, world)
+        planned = self.plan.step(epoch, step)
+        each = [(n, planned[n][k : k + 1]) for n in bins for k in range(len(planned[n]))]
+        mine = each[rank::world]
+        mine += [(-1, planned[0][:0])] * (-(-len(each) // world) - len(mine))
+        return [reader.read_bin(step, number, sample) for number, sample in mine]
+
     def read(self, i: int, target: int, epoch: int) -> Sample:
         """Sample i with the numbered one of its targets.
 
@@ -142,11 +168,7 @@ class Stream:
         planned = int(self.shards.num_samples[i])
         if not planned:
             return self._read_text(i, chosen)
-        data = self._retried(lambda: self.shards.read(i, "flac"), self.shards.shard_name(i), i)
-        wave = decode(data, max_seconds=planned / SAMPLE_RATE + 1)
-        if len(wave) != planned:
-            raise ContentError(f"{len(wave)} samples decoded, but its index says {planned}")
-        clip = self._clip(wave, i, epoch)
+        clip = self._heard(i, planned, epoch) if self.states is None else self._stored(i, planned)
         parts, words = self._words(i, epoch, clip)
         if parts:
             heard = self.prompt.with_parts(chosen.instruction, parts)
@@ -154,13 +176,14 @@ class Stream:
             heard = self.prompt.with_speech(chosen.instruction, clip.slots)
         answer = self.prompt.answer(chosen.ids, chosen.finished)
         text = (self.shards.texts[i].as_py() or "") if self.reads or self.spells else ""
-        read = Text(tuple(self.prompt.with_text(chosen.instruction, text)))
+        ids = tuple(self.prompt.encode(text)) if self.reads or self.spells else ()
+        read = self.prompt.with_parts(chosen.instruction, (Text(ids),))
         return Sample(
             self.shards.key(i),
             (*heard, answer),
             clip,
-            read=(read, answer) if self.reads else None,
-            transcript=tuple(self.prompt.encode(text)) if self.spells else (),
+            read=(*read, answer) if self.reads else None,
+            transcript=ids if self.spells else (),
             words=words,
         )
 
@@ -180,14 +203,27 @@ class Stream:
         parts = interleaver.parts(i, epoch, tokens.ids) if interleaver else ()
         return parts, table.words(i, clip.samples, tokens)
 
-    def _clip(self, wave: np.ndarray, i: int, epoch: int) -> Clip:
-        language = self.shards.languages[i].as_py()
-        of = {"language": language, "label": self.labels(language)}
+    def _heard(self, i: int, planned: int, epoch: int) -> Clip:
+        data = self._retried(lambda: self.shards.read(i, "flac"), self.shards.shard_name(i), i)
+        wave = decode(data, max_seconds=planned / SAMPLE_RATE + 1)
+        if len(wave) != planned:
+            raise ContentError(f"{len(wave)} samples decoded, but its index says {planned}")
         if self.augmenter is None:
-            return replace(make_clip(wave, self.rule, self.featurize), **of)
+            return replace(make_clip(wave, self.rule, self.featurize), **self._said(i))
         clip = make_clip(self.augmenter.wave(wave, i, epoch), self.rule, self.featurize)
         features = self.augmenter.features(clip.features, i, epoch)
-        return replace(clip, features=features, **of)
+        return replace(clip, features=features, **self._said(i))
+
+    def _stored(self, i: int, planned: int) -> Clip:
+        assert self.states is not None
+        states = self.states
+        data = self._retried(lambda: states.read(i), states.shard_name(i), i)
+        frames, slots = int(self.rule.frames(planned)), int(self.rule.slots(planned))
+        return Clip(parse_states(data, frames), planned, frames, slots, **self._said(i))
+
+    def _said(self, i: int) -> dict[str, Any]:
+        language = self.shards.languages[i].as_py()
+        return {"language": language, "label": self.labels(language)}
 
     def _retried(self, read: Callable[[], T], shard: str, i: int) -> T:
         return retried(read, lambda: f"{shard}: sample {self.shards.key(i)!r}")
@@ -225,9 +261,9 @@ class _BinReader(Dataset):
         step = self._start + n // self.per_step
         mine = bins_of(self._rank, self._world, self._stream.plan.step(self._epoch, step))
         number, samples = mine[n % self.per_step]
-        return self._read_bin(step, number, samples)
+        return self.read_bin(step, number, samples)
 
-    def _read_bin(self, step: int, number: int, samples: np.ndarray) -> Batch:
+    def read_bin(self, step: int, number: int, samples: np.ndarray) -> Batch:
         stream = self._stream
         made, skipped = [], []
         for i in samples.tolist():
@@ -237,8 +273,8 @@ class _BinReader(Dataset):
                 skipped.append(Skip(stream.shards.key(i), str(error)))
         where: dict[str, Any] = {"epoch": self._epoch, "step": step, "bin": number}
         if made and any(sample.clip for sample in made):
-            return collate(made, skipped=skipped, **where)
+            return collate(made, share=stream.share, skipped=skipped, **where)
         silence = silent_clip(stream.rule, stream.featurize)
         if made:
-            return collate(made, silence=silence, skipped=skipped, **where)
+            return collate(made, silence=silence, share=stream.share, skipped=skipped, **where)
         return dummy_batch(silence, skipped=skipped, **where)

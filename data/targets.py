@@ -51,8 +51,8 @@ def _parse(raw: Any, number: int) -> Target:
             )
     if not isinstance(raw.get("filtered", ""), str):
         raise ContentError(f"target {number}: 'filtered' must be str, if it is there")
-    if not all(type(token) is int and token >= 0 for token in raw["ids"]):
-        raise ContentError(f"target {number}: 'ids' must be token ids >= 0")
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in raw["ids"]):
+        raise ContentError(f"target {number}: 'ids' must be token ids from 0 to 2^31")
     own = {field: raw[field] for field in kinds} | {"ids": tuple(raw["ids"])}
     return Target(**own, filtered=raw.get("filtered", ""))
 

@@ -27,6 +27,8 @@ from typing import Any, Literal
 
 import yaml
 
+from data.parsing import brief, parse_yaml
+
 
 class TemplateError(ValueError):
     """A template file is missing, malformed, or has nothing for what was asked."""
@@ -86,18 +88,16 @@ def matches(template: Template, task: str) -> bool:
 def read_templates(path: Path) -> list[Template]:
     """All templates of a file, those held out among them; raises `TemplateError`."""
     try:
-        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        rows = parse_yaml(Path(path).read_bytes())
     except FileNotFoundError:
         raise TemplateError(f"template file {path} does not exist") from None
-    except yaml.YAMLError as e:
-        raise TemplateError(
-            f"template file {path} is not YAML: {' '.join(str(e).split())}"
-        ) from None
+    except ValueError as e:
+        raise TemplateError(f"template file {path} is {e}") from None
     numbered = enumerate(rows if isinstance(rows, list) else [rows])
     templates = [_template(row, f"{path}: entry {number}") for number, row in numbered]
     twice = [name for name, n in Counter(t.name for t in templates).items() if n > 1]
     if twice:
-        raise TemplateError(f"{path}: names must be unique, but {twice} come twice")
+        raise TemplateError(f"{path}: names must be unique, but {brief(twice)} come twice")
     return templates
 
 
@@ -105,22 +105,25 @@ def _template(row: Any, where: str) -> Template:
     known = {f.name for f in fields(Template)}
     kind: Any
     if not isinstance(row, dict) or not {"name", "task", "language", "instruction"} <= set(row):
-        raise TemplateError(f"{where} must have name, task, language, instruction; found {row!r}")
+        raise TemplateError(
+            f"{where} must have name, task, language, instruction; found {brief(row)}"
+        )
     if set(row) - known:
-        raise TemplateError(f"{where} has unknown {sorted(set(row) - known)}")
+        raise TemplateError(f"{where} has unknown {brief(sorted(map(str, set(row) - known)))}")
     if isinstance(row["language"], list):
         row = row | {"language": tuple(row["language"])}
     for name, value in row.items():
         kind = {"heldout": bool, "language": str | tuple}.get(name, str)
-        if not isinstance(value, kind):
+        codes = value if name == "language" and isinstance(value, tuple) else ()
+        if not isinstance(value, kind) or not all(isinstance(code, str) for code in codes):
             # YAML reads a bare `no` (Norwegian) as False.
-            raise TemplateError(f"{where}: {name} must be quoted text, found {value!r}")
+            raise TemplateError(f"{where}: {name} must be quoted text, found {brief(value)}")
     if row.get("answer", "llm") not in ("llm", "transcript", "output"):
         raise TemplateError(
-            f"{where}: answer must be llm, transcript or output, found {row['answer']!r}"
+            f"{where}: answer must be llm, transcript or output, found {brief(row['answer'])}"
         )
     if row["instruction"].count("{input}") > 1:
-        raise TemplateError(f"{where}: instruction may hold {{input}} once, found {row!r}")
+        raise TemplateError(f"{where}: instruction may hold {{input}} once, found {brief(row)}")
     return Template(**row)
 
 

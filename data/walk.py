@@ -1,5 +1,8 @@
 """`python -m data.walk SHARDS`: which keys each rank gets at each step, without a model.
 
+    python -m data.walk shards/train*.tar --world 8 --steps 100 --state walk.jsonl
+    python -m data.walk --state walk.jsonl --ledger
+
 Prints one JSON line per step and rank, {"epoch", "step", "rank", "keys"}. With --state the walk
 continues where it was, on however many ranks; --ledger prints what is committed, one line
 {"epoch", "step", "keys"} per step. The order is the one of training under the same seed and
@@ -100,7 +103,11 @@ def _print(line: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.walk", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.walk",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("shards", nargs="*", help="tar shards: paths, folders, globs, {a..b}")
     parser.add_argument("--world", type=int, default=1, help="number of ranks")
     parser.add_argument("--steps", type=int, help="global steps to walk (default: to the end)")

@@ -25,6 +25,8 @@ from data.audio import SAMPLE_RATE
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+")
 
+_MAX_SECONDS = 1e5
+
 WORD_FIELDS = {
     "word_starts": pa.list_(pa.int32()),
     "word_ends": pa.list_(pa.int32()),
@@ -87,6 +89,10 @@ def _parse(raw: Any, number: int) -> WordTime:
         if not isinstance(value, (float, int) if kind is float else kind):
             raise ContentError(
                 f"word {number}: {field!r} must be {kind.__name__}, but is {value!r:.40}"
+            )
+        if kind is float and not 0 <= value <= _MAX_SECONDS:  # nor NaN
+            raise ContentError(
+                f"word {number}: {field!r} must be from 0 to {_MAX_SECONDS:g}, but is {value!r:.40}"
             )
     start, end = (round(raw[edge] * SAMPLE_RATE) for edge in ("start", "end"))
     return WordTime(raw["text"], start, end, float(raw["score"]))

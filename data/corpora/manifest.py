@@ -5,12 +5,12 @@ Fields: `key`, `audio` (a path, relative to the manifest), `text`; optional `lan
 """
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data.corpora.utterance import CorpusError, Fault, Utterance
+from data.parsing import parse_json
 
 _REQUIRED = ("key", "audio", "text")
 _OPTIONAL = ("language", "speaker", "split")
@@ -54,9 +54,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
-                yield number, f"not JSON: {error}"
+                yield number, str(error)
                 continue
             yield number, row if isinstance(row, dict) else "not JSON: an object is expected"
 

@@ -19,12 +19,15 @@ class FaultyServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0):
+        super().__init__((host, port), _Handler)
         self.folder = folder
         self.faults: list[int | str] = []
         self.requests: list[tuple[str, str]] = []
         self.closing = threading.Event()
+
+    def wait(self) -> None:
+        """Called before every answer."""
 
     @property
     def address(self) -> str:
@@ -55,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         asked = self.headers.get("Range", "")
         self.server.requests.append((path, asked))
+        self.server.wait()
         fault = self.server.faults.pop(0) if path.endswith(".tar") and self.server.faults else ""
         file = self.server.folder / path.lstrip("/")
         if isinstance(fault, int) or not file.is_file():

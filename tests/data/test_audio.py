@@ -1,6 +1,9 @@
 """Whatever comes in leaves as 16 kHz mono, or as one clear reason."""
 
 import io
+import resource
+from contextlib import nullcontext
+from functools import cache
 
 import numpy as np
 import pytest
@@ -129,3 +132,26 @@ def test_silence() -> None:
     assert is_silent(np.zeros(0, np.float32))
     assert is_silent(np.full(1000, 1e-4, np.float32))
     assert not is_silent(noise(1000))
+
+
+@cache
+def ten_hours_of_silence(rate: int = 4000) -> bytes:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, 1, "PCM_16", format="FLAC") as sound:
+        for _ in range(60):
+            sound.write(np.zeros(600 * rate, np.int16))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("claimed", [None, 0, 4000])
+def test_ten_hours_of_silence_in_half_a_megabyte_take_no_memory(claimed: int | None) -> None:
+    data = bytearray(ten_hours_of_silence())
+    assert len(data) < 600_000
+    if claimed is not None:  # a header that says less, or that it does not know
+        packed = int.from_bytes(data[18:26], "big")
+        data[18:26] = (packed >> 36 << 36 | claimed).to_bytes(8, "big")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AudioError, match="too long") if claimed != 4000 else nullcontext():
+        assert len(decode(bytes(data), max_seconds=30.0)) == SAMPLE_RATE
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 50_000  # KB; ten hours are 576,000

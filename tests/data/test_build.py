@@ -245,12 +245,14 @@ def test_killed_build_goes_on(tmp_path) -> None:
         (("manifest", "{src}/a.txt", "{out}"), "ends in .jsonl or .tsv"),
         (("manifest", "{src}/a.jsonl", "{out}", "--split", "dev"), "no utterance of split 'dev'"),
         (("manifest", "{src}/b.jsonl", "{out}"), "split 'a/b' cannot name a file"),
+        (("manifest", "{src}/c.jsonl", "{out}"), "zzz...' cannot name a file"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, message) -> None:
     row = entry(tmp_path / "src", "k")
     manifest(tmp_path / "src", [{**row, "split": "train"}], "a.jsonl")
     manifest(tmp_path / "src", [{**row, "split": "a/b"}], "b.jsonl")
+    manifest(tmp_path / "src", [{**row, "split": "z" * 201}], "c.jsonl")
     (tmp_path / "src" / "a.txt").write_text("x")
     places = {"src": tmp_path / "src", "out": tmp_path / "out"}
     assert run(*(argument.format(**places) for argument in arguments)) == 1

@@ -23,7 +23,8 @@ def documents(draw):
     start = draw(st.integers(0, slots))
     speech = Speech(start, draw(st.integers(0, slots - start)))
     parts = draw(st.lists(st.one_of(texts, st.just(speech)), max_size=5))
-    return (Text((7,)), *parts), clip(draw(st.integers(1, 9)), slots)
+    prompt = Text(draw(st.sampled_from([(7,), (7, 8, 9), (5, 6)])))
+    return (prompt, *parts), clip(draw(st.integers(1, 9)), slots)
 
 
 @given(st.lists(documents(), max_size=6))
@@ -64,6 +65,32 @@ def test_against_a_plain_reading(made) -> None:
     for n, c in enumerate(clips):
         assert (batch.features[n, : c.samples] == c.samples).all()
         assert not batch.features[n, c.samples :].any()
+
+
+@given(st.lists(documents(), max_size=6))
+def test_prompts_are_shared_and_nothing_else_changes(made) -> None:
+    samples = [Sample(str(n), *pair) for n, pair in enumerate(made)]
+    plain, batch = collate(samples), collate(samples, share=True)
+    prompts = [document[0].ids for document, _ in made]
+    often = {ids: prompts.count(ids) for ids in prompts if prompts.count(ids) > 1}
+    assert batch.num_shared == sum(len(ids) * (count - 1) for ids, count in often.items())
+    if not often:
+        assert batch.shared is None
+        return
+    rows, first, uses = vars(batch.shared).values()
+    assert torch.equal(batch.source[rows], plain.source)
+    assert torch.equal(batch.positions[rows], plain.positions)
+    assert torch.equal(rows[plain.label_rows], batch.label_rows)
+    assert torch.equal(batch.label_ids, plain.label_ids)
+    assert (batch.lengths, batch.num_labels) == (plain.lengths, plain.num_labels)
+    for row, at in enumerate(first.tolist()):
+        places = torch.nonzero(rows == row)[:, 0].tolist()
+        assert at == places[0]
+        if row < len(uses):
+            assert [place for place in uses[row].tolist() if place >= 0] == places
+            assert len(places) > 1
+        else:
+            assert places == [at]
 
 
 def test_all_text_keeps_its_clip_and_log_mel_is_padded_at_the_end() -> None:

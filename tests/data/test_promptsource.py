@@ -91,6 +91,15 @@ def test_usable_templates(tmp_path: Path, jinja: str, instruction: str) -> None:
         ("{{ cycler.__init__.__globals__ }} {{ text }}", "sandbox"),
         ("{{ ''.__class__.__mro__ }} {{ text }}", "sandbox"),
         ("{% for i in range(999999999) %}x{% endfor %}{{ text }}", "cannot be rendered"),
+        ("{{ 'x' * 2000000000 }}{{ text }}", "to render"),
+        ("{{ 'x' | center(2000000000) }}{{ text }}", "to render"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+            "{{ text }}",
+            "to render",
+        ),
+        ("{{ 9 ** (9 ** 9) }}{{ text }}", "to render"),
+        ("{{ text }} {{ " + "(" * 500 + "1" + ")" * 500 + "}}", "cannot be rendered"),
     ],
 )
 def test_broken_templates_are_refused_with_the_reason(

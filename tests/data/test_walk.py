@@ -118,17 +118,19 @@ def test_killed_fifty_times_the_ledger_is_the_corpus(tmp_path, capsys) -> None:
     made.shards(tmp_path / "s", [70, 0, 90, 80], longest=4000)
     shards, state, draw = str(tmp_path / "s"), str(tmp_path / "state"), random.Random(0)
     budget = ("--seconds-per-bin", "0.5", "--bins-per-step", "1")
-    kills = 0
+    kills, pace = 0, 0.06
     while kills < 50:
         arguments = [shards, "--world", str(draw.randint(1, 16)), "--state", state, *budget]
         child = os.fork()
         if not child:
             slowly(arguments)
-        time.sleep(draw.random() * 0.06)
+        time.sleep(draw.random() * pace)
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         kills += 1
-    killed_at = len(list(committed(Path(state))))
+        killed_at = len(list(committed(Path(state)))) if Path(state).is_file() else 0
+        if 3 * killed_at < kills:  # a busy machine needs longer for as much
+            pace *= 1.1
     assert walk.main([shards, "--state", state, *budget]) == 0
     lines(capsys)
     assert walk.main([shards, *budget]) == 0
