@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from data.shards import ShardSet
 from tests.launch import launch, python
 from tests.train.conftest import Workspace
 
@@ -25,7 +26,7 @@ def evaluated(workspace: Workspace, uninterrupted: str, tasks: Path) -> list[dic
         "train/evaluate.py", tree_path, "--checkpoint", workspace.root / uninterrupted,
         "--json", rows, "--answers", workspace.root / "answers.json",
         "--set", f"evaluate={{shards: ['{shards}'], tasks: '{tasks}', batch_size: 4, "
-        "max_new_tokens: 5, samples: 3, num_beams: 2, states: 4}", ranks=2,
+        "max_new_tokens: 5, samples: 3, num_beams: 2, states: 4, pictures: 1}", ranks=2,
     )  # fmt: skip
     return json.loads(rows.read_text())
 
@@ -67,8 +68,41 @@ def test_the_tracker_has_scores_tables_and_clips(
     assert by_id[run.data.tags["hearken.trained_by"]].data.tags["hearken.stage"] == "train"
     assert {"eval/speech/repeat_wer", "drop/speech/repeat_wer"} <= set(run.data.metrics)
     paths = {f.path for f in client.list_artifacts(run.info.run_id)}
-    assert {"samples.json", "evaluation.json", "generalisation.json", "samples"} <= paths
+    assert {
+        "scores.json",
+        "samples.json",
+        "evaluation.json",
+        "generalisation.json",
+        "samples",
+    } <= paths
     assert len(client.list_artifacts(run.info.run_id, "samples")) == 3
+    drawn = {Path(f.path).stem for f in client.list_artifacts(run.info.run_id, "pictures")}
+    assert drawn == {"loss_by_task", "slots-00", "similarity-00"}
+    assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["evaluation"]
+    assert run.data.tags["mlflow.parentRunId"] == run.data.tags["hearken.trained_by"]
+
+
+def test_the_tracker_knows_what_a_run_was_trained_on(
+    evaluated: list[dict], workspace: Workspace, uninterrupted: str
+) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{workspace.root / uninterrupted}.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    stage = "tags.`hearken.stage` = 'train'"
+    (run,) = client.search_runs([experiment.experiment_id], stage)
+    (used,) = run.inputs.dataset_inputs
+    shards = ShardSet.open(str(workspace.root / "shards" / "train-*.tar"))
+    assert used.dataset.digest == shards.digest[:36]
+    assert json.loads(used.dataset.profile)["utterances"] == len(shards)
+    assert {Path(a).name for a in json.loads(used.dataset.source)["shards"]} == {
+        Path(a).name for a in shards.addresses
+    }
+    drawn = {Path(f.path).stem for f in client.list_artifacts(run.info.run_id, "pictures")}
+    assert drawn == {"lengths", "packing"}
+    # Stage 1's run is found by the tag of what it made.
+    made = mlflow.MlflowClient(f"sqlite:///{workspace.root / 'targets-run'}.db")
+    (experiment,) = [e for e in made.search_experiments() if e.name == "tiny"]
+    (first,) = made.search_runs([experiment.experiment_id])
+    assert first.data.tags["hearken.targets"] == run.data.tags["hearken.targets"]
 
 
 def listen(workspace: Workspace, run: str, audio: Path, fails: bool = False) -> str:

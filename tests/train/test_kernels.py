@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data.prompts import Text
+from data.sharing import share_prompts
 from tests.train.test_packing import World
 from train.model import kernels
 from train.model.kernels import Packing, Scores, attend
@@ -81,6 +84,27 @@ def test_flex_attention_is_asked_for_the_same(wanted: str) -> None:
     given = [t.detach() for t in inputs()]
     found = attend(*given, packing, asked, "flex")
     torch.testing.assert_close(found, one_by_one(*given, asked), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_documents_share_what_they_begin_with(wanted: str) -> None:
+    # Two of them, and two others, begin alike; one is nothing but that.
+    begin = {131: 5, 64: 5, 7: 2, 2: 2}
+    texts = [Text(tuple(range(begin.get(n, n)))) for n in LENGTHS]
+    starts = np.cumsum([0, *LENGTHS])
+    shared = share_prompts([(text,) for text in texts], starts)
+    assert shared is not None
+    packing = Packing(LENGTHS, torch.from_numpy(starts).int(), shared)
+    leaves = [t.detach()[:, :, shared.first].requires_grad_() for t in inputs()]
+    assert leaves[0].shape[2] == sum(LENGTHS) - 5 - 2
+
+    def plain(*few: torch.Tensor) -> torch.Tensor:
+        out = one_by_one(*(t[:, :, shared.rows] for t in few), scores(wanted))
+        return out[:, :, shared.first]
+
+    found = with_grads(lambda *t: attend(*t, packing, scores(wanted), "sdpa"), leaves)
+    for got, want in zip(found, with_grads(plain, leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_kernel_that_cannot_says_why(tmp_path: Path) -> None:

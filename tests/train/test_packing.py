@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ class World:
     def _shortest(self) -> int:
         return next(n for n in range(1, 10_000) if self.rule.slots(n))
 
-    def pack(self, numbers: list[int]) -> Batch:
-        return collate([Sample(str(i), self.documents[i], self.clips[i]) for i in numbers])
+    def pack(self, numbers: list[int], share: bool = True) -> Batch:
+        made = [Sample(str(i), self.documents[i], self.clips[i]) for i in numbers]
+        return collate(made, share=share)
 
 
 def gradients(model: SpeechLLM, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -87,8 +89,10 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
 def test_packed_equals_one_by_one(world: World) -> None:
     numbers = list(range(len(world.documents)))
     one_by_one = gradients(world.model, [world.pack([i]) for i in numbers])
-    for order in (numbers, numbers[::-1]):
-        packed = gradients(world.model, [world.pack(order)])
+    for order, share in itertools.product((numbers, numbers[::-1]), (True, False)):
+        batch = world.pack(order, share)
+        assert bool(batch.num_shared) == share
+        packed = gradients(world.model, [batch])
         assert packed[0] == pytest.approx(one_by_one[0], rel=2e-6)
         for name, expected in one_by_one[1].items():
             torch.testing.assert_close(packed[1][name], expected, **TOLERANCE)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from train import config as cfg
 from train.model import adapters, attention
-from train.model.encoder import LayerSum, SpeechEncoder, front_end
+from train.model.encoder import LayerSum, SpeechEncoder, StoredStates, front_end
 from train.model.lengths import LengthRule
 from train.model.lora import add_lora
 from train.model.speech_llm import (
@@ -44,6 +48,14 @@ def length_rule(model: cfg.Model) -> LengthRule:
     )
 
 
+def encoder_width(model: cfg.Model) -> int:
+    """Channels of the encoder's hidden states, without loading weights."""
+    config = AutoConfig.from_pretrained(
+        model.encoder.path, trust_remote_code=model.trust_remote_code
+    )
+    return int(config.hidden_size)
+
+
 def load_tokenizer(model: cfg.Model) -> PreTrainedTokenizerBase:
     """The decoder's tokenizer.
 
@@ -64,9 +76,14 @@ def load_tokenizer(model: cfg.Model) -> PreTrainedTokenizerBase:
 def load_decoder(
     model: cfg.Model, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> PreTrainedModel:
-    """The LLM, with its packed mode; frozen."""
+    """The LLM, with its packed mode; frozen.
+
+    Raises:
+        ConfigError: it is wanted in 8 bit where that cannot be.
+    """
+    quantised = eight_bit(device) if model.decoder.eight_bit else {}
     decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code
+        model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code, **quantised
     )
     attention.prepare(decoder, model.decoder.attention)
     decoder.requires_grad_(False)
@@ -74,6 +91,25 @@ def load_decoder(
     if device is not None:
         torch.nn.Module.to(decoder, device)
     return decoder
+
+
+def eight_bit(device: torch.device | str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told so that it quantises (2208.07339), weight by weight as it
+    loads them. Raises ConfigError where it cannot."""
+    if is_deepspeed_zero3_enabled():
+        raise cfg.ConfigError(
+            "model.decoder.eight_bit: weights in 8 bit cannot be partitioned, but train.engine is "
+            "ZeRO-3; take configs/ds/zero2.json, zero1.json or zero0.json"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise cfg.ConfigError(
+            "model.decoder.eight_bit needs bitsandbytes; pip install -e '.[int8]'"
+        )
+    where = torch.device(device or "cpu")
+    return {
+        "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
+        "device_map": {"": torch.cuda.current_device() if where.type == "cuda" else where.type},
+    }
 
 
 def build(
@@ -87,6 +123,7 @@ def build(
     partition: Partition | None = None,
     capacity: int = 0,
     losses: cfg.Losses | None = None,
+    stored: bool = False,
 ) -> SpeechLLM:
     """Pretrained encoder and decoder, and a new adapter that `seed` alone determines.
 
@@ -99,14 +136,18 @@ def build(
             whole, whatever the configuration says.
         capacity: LLM positions of the largest batch, for a table that is exchanged.
         losses: what training computes; the cross entropy alone where None.
+        stored: batches bring the encoder's states, and it is not loaded (see `train/encode.py`).
     """
     dtype = DTYPES[precision]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = SpeechEncoder.load(model.encoder, dtype, model.trust_remote_code)
-        encoder = encoder.to(device)
+        encoder: SpeechEncoder | StoredStates
+        if stored:
+            encoder = StoredStates(encoder_width(model))
+        else:
+            encoder = SpeechEncoder.load(model.encoder, dtype, model.trust_remote_code).to(device)
     with partitioned or nullcontext():
-        decoder = load_decoder(model, dtype)
+        decoder = load_decoder(model, dtype, device if model.decoder.eight_bit else None)
     hidden = decoder.config.hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -115,8 +156,10 @@ def build(
             add_lora(decoder, model.decoder.lora, "model.decoder.lora")
     if model.decoder.train == "full":
         decoder.requires_grad_(True)
-    weighted = model.encoder.layers == "weighted"
-    layer_sum = LayerSum(encoder.num_layers).to(dtype) if weighted else None
+    layer_sum = None
+    if model.encoder.layers == "weighted":
+        assert isinstance(encoder, SpeechEncoder)  # the configuration stores no layers
+        layer_sum = LayerSum(encoder.num_layers).to(dtype)
     embed = cast(nn.Embedding, decoder.get_input_embeddings())
     lookup: ExchangedTable | LiveTable | None = None
     if model.decoder.train == "full":

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -26,6 +28,8 @@ from train.model.lengths import Conv
 from train.model.lora import add_lora
 from train.model.masked_norm import mask_group_norm, set_lengths
 from train.model.own_length import own_length
+from train.model.packed_layers import PackedLayers, pack_layers, unpacked
+from train.model.windows import OVERLAP, kept, starts
 
 SAMPLE_RATE = 16_000
 
@@ -64,8 +68,17 @@ class Featurize:
         """[samples] → waveform [samples], log-mel [mel, frames], or filter banks [2 mel, frames].
 
         Log-mel is padded to Whisper's window, or with `own_length` to a whole number of encoder
-        frames; time is always the last axis.
+        frames; a clip that is longer gives its windows one after another. Time is always the last
+        axis.
         """
+        longest = getattr(self._extractor, "n_samples", len(wave))
+        if len(wave) <= longest:
+            return self._of_window(wave)
+        begins = starts(-(-len(wave) // (2 * _HOP)), longest // (2 * _HOP))
+        cut = (wave[2 * _HOP * begin :][:longest] for begin in begins)
+        return np.concatenate([self._of_window(window) for window in cut], axis=-1)
+
+    def _of_window(self, wave: np.ndarray) -> np.ndarray:
         extractor = self._extractor
         if self.own_length:
             frame = 2 * _HOP
@@ -101,6 +114,7 @@ class SpeechEncoder(nn.Module):
         self.model.requires_grad_(False)
         if self.kind in WAVEFORM:
             mask_group_norm(self.model)
+            pack_layers(self.model)
         self.own_length = settings.own_length
         if settings.own_length:
             if self.kind != "whisper":
@@ -109,6 +123,7 @@ class SpeechEncoder(nn.Module):
                     "own length; remove it"
                 )
             own_length(self.model)
+        self.window = self._window_of(settings)
         self._languages: dict[str, int] = {}
         if settings.languages:
             self._languages = add_languages(self.model, settings.path, settings.languages)
@@ -127,6 +142,23 @@ class SpeechEncoder(nn.Module):
         )
         return cls(model, settings)
 
+    def _window_of(self, settings: cfg.Encoder) -> int | None:
+        """Frames that are encoded at once; None for any number."""
+        seconds = getattr(settings, "window_seconds", None)
+        if self.kind == "whisper":
+            if seconds is not None:
+                raise cfg.ConfigError(
+                    "model.encoder.window_seconds: Whisper's window is always 30 s; remove it"
+                )
+            return int(self.model.config.max_source_positions)
+        frames = None if seconds is None else int(seconds * SAMPLE_RATE / (2 * _HOP))
+        if frames is not None and frames <= 2 * OVERLAP:
+            raise cfg.ConfigError(
+                f"model.encoder.window_seconds must be above {2 * OVERLAP / 50:g}, twice what "
+                f"windows share, found {seconds:g}"
+            )
+        return frames
+
     @property
     def width(self) -> int:
         """E."""
@@ -136,6 +168,11 @@ class SpeechEncoder(nn.Module):
     def num_layers(self) -> int:
         """Hidden states that `layers` returns: before the first layer, and after each."""
         return int(self.model.config.num_hidden_layers) + 1
+
+    @property
+    def _packed(self) -> PackedLayers | None:
+        layers = getattr(self.model, "encoder", None)
+        return layers if isinstance(layers, PackedLayers) else None
 
     def train(self, mode: bool = True) -> SpeechEncoder:
         """Stays in eval mode: dropout and LayerDrop of a frozen encoder must not wake up."""
@@ -157,7 +194,7 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: a language that has no adapter.
         """
-        return self._run(features, samples, languages, all_layers=False).last_hidden_state
+        return self._run(features, samples, languages, all_layers=False)[0]
 
     def layers(
         self,
@@ -166,9 +203,7 @@ class SpeechEncoder(nn.Module):
         languages: tuple[str, ...] = (),
     ) -> tuple[torch.Tensor, ...]:
         """Like `forward`: all hidden states [C, F, E], from before the first layer to the last."""
-        out = self._run(features, samples, languages, all_layers=True)
-        # Families differ in whether their own list ends before or after the last norm.
-        return (*out.hidden_states[: self.num_layers - 1], out.last_hidden_state)
+        return self._run(features, samples, languages, all_layers=True)
 
     def _run(
         self,
@@ -176,9 +211,65 @@ class SpeechEncoder(nn.Module):
         samples: tuple[int, ...],
         languages: tuple[str, ...],
         all_layers: bool,
-    ) -> Any:
+    ) -> tuple[torch.Tensor, ...]:
+        """The states that are asked for, of every clip by its windows."""
+        frames, window = self._frames(samples), self.window
+        if window is None or max(frames, default=0) <= window:
+            return self._states(features, samples, languages, all_layers)
+        pieces = [
+            self._piece(features[c], samples[c], begin, k)
+            for c, count in enumerate(frames)
+            for k, begin in enumerate(starts(count, window))
+        ]
+        counts = [len(starts(count, window)) for count in frames]
+        spoken = tuple(s for s, n in zip(languages, counts, strict=False) for _ in range(n))
+        longest = max(piece.shape[-1] for piece, _ in pieces)
+        cut = torch.stack([F.pad(piece, (0, longest - piece.shape[-1])) for piece, _ in pieces])
+        found = self._states(cut, tuple(n for _, n in pieces), spoken, all_layers)
+        takes = [kept(count, window) for count in frames]
+
+        def joined(state: torch.Tensor) -> torch.Tensor:
+            clips = zip(state.split(counts), takes, strict=True)
+            return pad_sequence(
+                [torch.cat([x[at] for x, at in zip(w, t, strict=True)]) for w, t in clips],
+                batch_first=True,
+            )
+
+        return tuple(map(joined, found))
+
+    def _piece(
+        self, features: torch.Tensor, samples: int, begin: int, k: int
+    ) -> tuple[torch.Tensor, int]:
+        """A clip's window number k, from frame `begin` on: its features, and its samples."""
+        assert self.window is not None
+        left = samples - 2 * _HOP * begin
+        if self.kind == "whisper":  # cut by `Featurize`
+            mel = 2 * self.window
+            return features[:, k * mel :][:, :mel], min(left, 2 * _HOP * self.window)
+        # What the window's frames see: 25 ms each, every 20 ms; or two such that are 10 ms apart.
+        seen = 400 + 2 * _HOP * (self.window - 1)
+        if self.kind == "wav2vec2-bert":
+            return features[:, begin:][:, : self.window], min(left, seen + _HOP)
+        size = min(left, seen)
+        return features[2 * _HOP * begin :][:size], size
+
+    def _frames(self, samples: tuple[int, ...]) -> tuple[int, ...]:
+        for conv in self._front_end:
+            samples = tuple(conv.out(n) for n in samples)
+        return samples
+
+    def _states(
+        self,
+        features: torch.Tensor,
+        samples: tuple[int, ...],
+        languages: tuple[str, ...],
+        all_layers: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        if (packed := self._packed) is not None:
+            packed.frames = self._frames(samples)
         if self._languages:
-            choose_languages(self.model, self._languages, languages, features.device)
+            assert packed is not None  # MMS's layers are
+            choose_languages(self.model, self._languages, languages, packed.frames, features.device)
         features = features.to(self.model.dtype)
         extras: dict[str, Any] = {"output_hidden_states": True} if all_layers else {}
         if self.own_length:
@@ -197,7 +288,33 @@ class SpeechEncoder(nn.Module):
             at = torch.arange(features.shape[1], device=features.device)
             extras["attention_mask"] = (at[None, :] < own[:, None]).long()
         with nullcontext() if self.lora else torch.no_grad():
-            return self.model(features, **extras)
+            out = self.model(features, **extras)
+        if not all_layers:
+            return (out.last_hidden_state,)
+        # Families differ in whether their own list ends before or after the last norm.
+        states = out.hidden_states[: self.num_layers - 1]
+        if packed is not None:
+            states = tuple(unpacked(state, packed.frames) for state in states)
+        return (*states, out.last_hidden_state)
+
+
+class StoredStates(nn.Module):
+    """In place of an encoder whose last hidden states were stored: batches bring them."""
+
+    lora = False
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        samples: tuple[int, ...],
+        languages: tuple[str, ...] = (),
+    ) -> torch.Tensor:
+        """[C, E, F], the features of `data.states` -> [C, F, E], as `SpeechEncoder.forward`."""
+        return features.transpose(1, 2)
 
 
 class LayerSum(nn.Module):

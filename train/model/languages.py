@@ -17,6 +17,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2AttnAdapterLa
 from transformers.utils import cached_file
 
 from train import config as cfg
+from train.model.packed_layers import packed, unpacked
 
 
 class LanguageAdapters(nn.Module):
@@ -32,9 +33,14 @@ class LanguageAdapters(nn.Module):
         self.eps = layer.norm.eps
         self.clips: torch.Tensor | None = None
         """int64 [C]: the language of each clip of the next batch."""
+        self.frames: tuple[int, ...] = ()
+        """[C] of the same clips, on the host."""
 
-    def forward(self, x_CFE: torch.Tensor) -> torch.Tensor:
-        """What the layer's own adapter would add, by each clip's language."""
+    def forward(self, x_1NE: torch.Tensor) -> torch.Tensor:
+        """What the layer's own adapter would add to clips one after another, by their languages."""
+        return packed(self._of_clips(unpacked(x_1NE, self.frames)), self.frames)
+
+    def _of_clips(self, x_CFE: torch.Tensor) -> torch.Tensor:
         clips = self.clips
 
         def of_clips(name: str) -> torch.Tensor:
@@ -82,9 +88,16 @@ def add_languages(model: nn.Module, path: str, languages: dict[str, str]) -> dic
 
 
 def choose_languages(
-    model: nn.Module, known: dict[str, int], clips: tuple[str, ...], device: torch.device
+    model: nn.Module,
+    known: dict[str, int],
+    clips: tuple[str, ...],
+    frames: tuple[int, ...],
+    device: torch.device,
 ) -> None:
     """Choose the adapters of the next batch, out of `known` (see `add_languages`).
+
+    Args:
+        frames: of each clip.
 
     Silence, whose language is empty, takes any.
 
@@ -100,7 +113,7 @@ def choose_languages(
     chosen = torch.tensor([known.get(c, 0) for c in clips]).to(device, non_blocking=True)
     for module in model.modules():
         if isinstance(module, LanguageAdapters):
-            module.clips = chosen
+            module.clips, module.frames = chosen, frames
 
 
 def _read(

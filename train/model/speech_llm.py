@@ -20,11 +20,12 @@ from train.ctc import EmbeddingCTC, language_ctc
 from train.loss import Divergence, alignment
 from train.model.attention import set_packed
 from train.model.draws import drawn_for
-from train.model.encoder import LayerSum, SpeechEncoder
+from train.model.encoder import LayerSum, SpeechEncoder, StoredStates
 from train.model.head import answer_losses, prepare_head
+from train.model.hearing import hear
 from train.model.kernels import Packing
 from train.model.lora import lora_modules, without_updates
-from train.ops import RowExchange, Segments, pack_embeddings
+from train.ops import RowExchange, pack_embeddings
 from train.ops.library import Impl
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class SpeechLLM(nn.Module):
 
     def __init__(
         self,
-        encoder: SpeechEncoder,
+        encoder: SpeechEncoder | StoredStates,
         adapter: nn.Module,
         decoder: PreTrainedModel,
         embeddings: SpeechEmbeddings,
@@ -159,7 +160,7 @@ class SpeechLLM(nn.Module):
             self.encoder = encoder
         else:
             object.__setattr__(self, "encoder", encoder)
-            if encoder.lora:
+            if isinstance(encoder, SpeechEncoder) and encoder.lora:
                 self.encoder_updates = lora_modules(encoder)
         self.layer_sum = layer_sum
         self.adapter = adapter
@@ -189,22 +190,18 @@ class SpeechLLM(nn.Module):
         languages: tuple[str, ...] = (),
         **wanted: Literal[True],
     ) -> Any:
-        """Slots [R, H] of all clips, one after another, before the last LayerNorm.
-
-        Args:
-            features: the encoder's input of each clip, padded at the end (see `SpeechEncoder`).
-            samples, frames: each clip's own length in samples and in encoder frames.
-            languages: each clip's, for an encoder with per-language adapters.
-            wanted: `with_languages`, for an adapter that tells them apart: its logits, too.
-        """
-        if self.layer_sum is None:
-            frames_CFE = self.encoder(features, samples, languages)
-        else:
-            frames_CFE = self.layer_sum(*self.encoder.layers(features, samples, languages))
-        segments = Segments.padded(frames, frames_CFE.shape[1], frames_CFE.device)
-        # A plain model may hold the adapter in float32 over a bf16 encoder.
-        rows_NE = frames_CFE.flatten(0, 1).to(self.embeddings.weight.dtype)
-        return self.adapter(rows_NE, segments, **wanted)
+        """Slots [R, H] of all clips: `hear` by the parts of this model."""
+        return hear(
+            self.encoder,
+            self.layer_sum,
+            self.adapter,
+            self.embeddings.weight.dtype,
+            features,
+            samples,
+            frames,
+            languages,
+            **wanted,
+        )
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sums of the losses that are on, float32 [K], in the order of `losses.weights`.
@@ -295,7 +292,7 @@ class SpeechLLM(nn.Module):
 
     def _decode(self, inputs_TH: torch.Tensor, layout: Layout) -> torch.Tensor:
         """The decoder's last hidden states [L, H] where the labels are predicted."""
-        extras = set_packed(self.decoder, Packing(layout.lengths, layout.cu_seqlens))
+        extras = set_packed(self.decoder, Packing(layout.lengths, layout.cu_seqlens, layout.shared))
         hidden_TH = self.decoder.get_decoder()(
             inputs_embeds=inputs_TH[None],
             position_ids=layout.positions[None],

@@ -15,6 +15,7 @@ import torch
 
 from train.model.kernels import flash, flex, sdpa
 from train.model.kernels.packing import Packing, Scores
+from train.model.kernels.sharing import gather, spread
 
 __all__ = ["Kernel", "Name", "Packing", "Scores", "attend"]
 
@@ -47,7 +48,7 @@ def attend(
     scores: Scores,
     name: Name = "auto",
 ) -> torch.Tensor:
-    """As `Kernel`, by the one that is named or chosen.
+    """As `Kernel`, by the one that is named or chosen; T rows, where documents share some.
 
     Raises RuntimeError where the one that is named cannot do it.
     """
@@ -58,7 +59,10 @@ def attend(
             f"model.decoder.attention: {name} was asked for, but {why}; "
             f"set auto, or one of {', '.join(get_args(Name)[1:])} that can"
         )
-    return kernel(q, k, v, packing, scores)
+    if packing.shared is None:
+        return kernel(q, k, v, packing, scores)
+    q, k, v = (spread(t, packing.shared) for t in (q, k, v))
+    return gather(kernel(q, k, v, packing, scores), packing.shared)
 
 
 def choose(q: torch.Tensor, scores: Scores) -> Name:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 
+class Shared(Protocol):
+    """What `data.sharing` plans."""
+
+    rows: torch.Tensor
+    first: torch.Tensor
+    uses: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Documents that stand one after another in T positions.
+    """Documents that stand one after another in S positions.
 
-    lengths     of each, on the host: their sum is T
-    cu_seqlens  int32 [D + 1] on the device: where the documents begin, and T
+    lengths     of each, on the host: their sum is S
+    cu_seqlens  int32 [D + 1] on the device: where the documents begin, and S
+    shared      which of the T rows that there are stands where; None where T = S
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
+    shared: Shared | None = None
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Packing:
