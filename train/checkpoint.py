@@ -22,13 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from data.parsing import parse_json
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class WriteError(OSError):
+    """A checkpoint could not be written, for now: the run goes on from the one before."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,17 @@ class State:
     config: dict[str, Any]
     revision: str
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """Samples of all epochs so far that were not trained: {epoch, key, reason}."""
+    """Samples of all epochs so far that were not trained: {epoch, key, reason}, and {step} where
+    that is one of `refused`."""
+    refused: list[int] = field(default_factory=list)
+    """Global steps whose update was not made, for the gradient was not finite."""
     validated: list[dict[str, float]] = field(default_factory=list)
     """Every validation so far: {step, loss}."""
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made."""
+        return self.step - len(self.refused)
 
 
 @dataclass(frozen=True)
@@ -91,17 +107,21 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(weights, partial / _ADAPTER)
-    save_file(moments, partial / _OPTIMIZER)
-    checksums = {name: _sha256(partial / name) for name in (_ADAPTER, _OPTIMIZER)}
-    text = json.dumps(asdict(state) | {"checksums": checksums}, indent=1)
-    (partial / _STATE).write_text(text + "\n")
-    for name in (_ADAPTER, _OPTIMIZER, _STATE, ""):
-        _sync(partial / name)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    _sync(path.parent)
+    try:
+        partial.mkdir()
+        save_file(weights, partial / _ADAPTER)
+        save_file(moments, partial / _OPTIMIZER)
+        checksums = {name: _sha256(partial / name) for name in (_ADAPTER, _OPTIMIZER)}
+        text = json.dumps(asdict(state) | {"checksums": checksums}, indent=1)
+        (partial / _STATE).write_text(text + "\n")
+        for name in (_ADAPTER, _OPTIMIZER, _STATE, ""):
+            _sync(partial / name)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
 
 
 def load(path: Path) -> Checkpoint:
@@ -111,17 +131,22 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, unreadable, or differs from its checksum.
     """
     try:
-        tree = json.loads((path / _STATE).read_text())
-        for name, expected in tree.pop("checksums").items():
-            found = _sha256(path / name)
+        tree = parse_json((path / _STATE).read_bytes())
+        checksums = tree.pop("checksums")
+        for name in (_ADAPTER, _OPTIMIZER):
+            expected, found = str(checksums[name]), _sha256(path / name)
             if found != expected:
                 raise CheckpointError(
                     f"checkpoint {path}: {name} has checksum {found[:12]}, expected {expected[:12]}"
                 )
         weights, moments = load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
-        return Checkpoint(path, State(**tree), weights, moments)
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from None
+        state = TypeAdapter(State).validate_python(tree)
+        return Checkpoint(path, state, weights, moments)
+    except (
+        OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError, MemoryError,
+    ) as e:  # fmt: skip
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from None
 
 
 def newest(folder: Path, warn: Any = print) -> Checkpoint | None:

@@ -9,6 +9,7 @@ divide the loss (the caller has divided by the step's label count), schedule, ch
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -33,6 +37,7 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from train import config as cfg
+from train.meeting import meet
 from train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -59,7 +64,7 @@ _INJECTED = (
 class World:
     """This process's place among the ranks, and the few collectives the loop needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float) -> None:
         environment()
         if not torch.cuda.is_available():
             # Shared-memory collectives would be compiled at start-up (40 s), for nothing here.
@@ -67,14 +72,20 @@ class World:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
-        deepspeed.init_distributed(verbose=False)
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
-        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.rank, self.size, self.local_rank = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
             self.device = torch.device("cuda", self.local_rank)
+        self._store = meet(limit)
+        dist.init_process_group(
+            get_accelerator().communication_backend_name(), store=self._store, rank=self.rank,
+            world_size=self.size, timeout=default_pg_timeout,
+            device_id=self.device if self.device.type == "cuda" and self.size > 1 else None,
+        )  # fmt: skip
+        deepspeed.init_distributed(verbose=False)  # finds the group there
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all ranks, in float64. A collective."""
@@ -104,7 +115,7 @@ class World:
     @contextmanager
     def watched(self, limit: float) -> Iterator[Watchdog]:
         """A watchdog over this rank, inside the context; see `train.watchdog`."""
-        watchdog = Watchdog(dist.distributed_c10d._get_default_store(), self.rank, self.size, limit)
+        watchdog = Watchdog(self._store, self.rank, self.size, limit)
         try:
             yield watchdog
         finally:
@@ -117,9 +128,13 @@ class World:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """The process group, left in good order whatever happens inside."""
-    here = World()
+def world(limit: float = 300.0) -> Iterator[World]:
+    """The process group, left in good order whatever happens inside.
+
+    Args:
+        limit: seconds that ranks wait for each other to come; see `train.meeting`.
+    """
+    here = World(limit)
     try:
         yield here
     finally:
@@ -194,6 +209,19 @@ def _born_partitioned(train: cfg.Train) -> Iterator[None]:
         del keep
 
 
+_setup_linear = LinearFunctionForZeroStage3.setup_context
+
+
+def _setup_frozen(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    input, weight, *bias = inputs
+    _setup_linear(ctx, (input if weight.requires_grad else None, weight, *bias), output)
+
+
+# DeepSpeed's linear, which stands in for torch's in stage 3, keeps every input for the backward
+# pass, and reads only those of trained weights: a fifth to a third of a frozen LLM's activations.
+LinearFunctionForZeroStage3.setup_context = staticmethod(_setup_frozen)
+
+
 def inference(model: nn.Module, train: cfg.Train) -> None:
     """Make a frozen model that was loaded partitioned run: its weights are gathered as it needs
     them. Every rank must then run it equally often."""
@@ -238,23 +266,41 @@ class Engine:
             dist_init_required=False,
         )
         self._engine.train()
+        self._updates = 0
+        self._largest = torch.zeros((), device=here.device)
+        for param in self._params.values():
+            param.register_hook(self._note)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Summed losses of one bin (see `SpeechLLM.forward`)."""
         return self._engine(batch)
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, last: bool) -> torch.Tensor:
         """Accumulate the gradient of `loss`, over micro-batches and ranks.
 
         Args:
             loss: sums, divided by the counts of the whole global step (see `train.loss.mixed`).
             last: whether this is the step's last micro-batch on this rank.
+        Returns:
+            The largest absolute gradient of this micro-batch alone, float32 [], on the device;
+            not finite where one of its gradients is not.
         """
         # DeepSpeed averages over ranks (and would divide by the accumulation): undone here,
         # so that the update is the gradient of the sum of what all of them hand in.
-        self._engine.backward(loss * self.here.size, scale_wrt_gas=False)
+        # A loss that is not finite makes the factor NaN, and with it all gradients, so that the
+        # one check of them, before the update, is enough.
+        self._largest = torch.zeros_like(self._largest)
+        factor = self.here.size + 0.0 * loss.detach()
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
         if not last:
             self._engine.step()
+        return self._largest
+
+    @torch.no_grad()
+    def _note(self, gradient: torch.Tensor) -> None:
+        """Called with each parameter's gradient of one micro-batch, before ranks are summed."""
+        largest = torch.linalg.vector_norm(gradient, torch.inf).float()
+        self._largest = torch.maximum(self._largest, largest)  # both keep NaN
 
     @torch.no_grad()
     def score(self, batch: Batch) -> torch.Tensor:
@@ -266,16 +312,29 @@ class Engine:
             self._engine.train()
         return sums
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; returns the gradient's norm before clipping."""
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip, update, clear the gradients.
+
+        Returns:
+            The gradient's norm before clipping, and whether the update was made: it is not where
+            the norm is not finite, on all ranks alike. Weights and moments are then as before.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self._optimizer is self._adam():  # stage 0 in float32, where DeepSpeed keeps no norm
+        if self._optimizer is self._adam():  # stage 0 in float32, where DeepSpeed looks at no norm
             grads = [p.grad for p in self._params.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if made := math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+                self._engine.micro_steps += 1
+        else:
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm())
+            made = not self._optimizer.overflow
+        self._updates += made
+        return norm, made
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model, so that both can go and another engine come."""
@@ -293,6 +352,13 @@ class Engine:
     @torch.no_grad()
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments as `moment/name`, like `weights`. A collective."""
+        if not self._updates:  # the optimizer makes them with its first update
+            found = (
+                (f"{moment}/{name}", torch.zeros(getattr(p, "ds_shape", p.shape)))
+                for moment in MOMENTS
+                for name, p in self._params.items()
+            )
+            return dict(found) if self.here.rank == 0 else {}
         found = (
             (f"{moment}/{name}", self._get(p, moment))
             for moment in MOMENTS
@@ -302,16 +368,17 @@ class Engine:
 
     @torch.no_grad()
     def load(
-        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int
+        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], updates: int
     ) -> None:
-        """Continue from what `weights` and `moments` returned after `step` updates.
+        """Continue from what `weights` and `moments` returned after so many updates.
 
         The model itself must already hold `weights` (rounded to its own precision) when the
         engine is made; here the float32 masters get the bits that rounding dropped.
         """
+        self._updates = updates
         for master in self._masters():
             self._adam().state[master] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(updates)),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -346,7 +413,7 @@ class Engine:
             full = safe_get_full_fp32_param(p) if full is None else full
         else:
             full = self._adam().state[p][moment] if moment else p
-        return full.detach().cpu().clone()
+        return full.detach().to("cpu", copy=True)
 
     def _set(self, p: Any, value: torch.Tensor, moment: str | None = None) -> None:
         """The inverse of `_get`; not a collective."""
@@ -374,7 +441,7 @@ class Engine:
         padded = torch.zeros(size, device=self.here.device)
         padded[: mine.numel()] = mine
         dist.all_gather_into_tensor(slices, padded)
-        return slices[: p.ds_numel].view(p.ds_shape).cpu().clone()
+        return slices[: p.ds_numel].view(p.ds_shape).to("cpu", copy=True)
 
     def _mine(self, p: Any, value: torch.Tensor) -> torch.Tensor:
         """This rank's slice of a whole tensor: the inverse of `_whole`."""

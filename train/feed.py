@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,10 +16,11 @@ from data.collate import Batch, Skip
 from data.languages import LanguageLabels
 from data.prompts import Prompt
 from data.shards import Overlay, ShardSet
+from data.states import MEMBER, Silence
 from data.stream import Stream
 from train import config as cfg
 from train.engine import World
-from train.model.build import length_rule, load_tokenizer
+from train.model.build import encoder_width, length_rule, load_tokenizer
 from train.model.encoder import Featurize
 
 
@@ -54,6 +56,27 @@ def _spoken(shards: ShardSet) -> list[str]:
     return pc.unique(shards.languages.filter(pa.array(shards.num_samples > 0))).to_pylist()
 
 
+def encoder_facts(config: cfg.Config) -> dict[str, Any]:
+    """What determines an encoder's states, as shards of them say it."""
+    encoder = config.model.encoder
+    return {
+        "encoder": encoder.path,
+        "own_length": encoder.own_length,
+        "languages": dict(encoder.languages) if encoder.languages else None,
+        "precision": config.train.precision,
+    }
+
+
+def check_encoder(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Raises `ConfigError` where what a shard of states says is not what is expected of it."""
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise cfg.ConfigError(
+                f"{where}: made with {name} {found.get(name)!r}, expected {value!r}; make it again "
+                "by train/encode.py in another folder, or change the configuration back"
+            )
+
+
 def open_feed(config: cfg.Config) -> Feed:
     """Open shards and targets and lay out the plan; every rank gets the same."""
     data = config.data
@@ -65,6 +88,13 @@ def open_feed(config: cfg.Config) -> Feed:
         words = Overlay.open(list(data.words), shards, "words.json", cache)
     tokenizer = load_tokenizer(config.model)
     rule = length_rule(config.model)
+    states: Overlay | None = None
+    featurize: Featurize | Silence = Featurize.of(config.model.encoder)
+    if data.states:
+        states = Overlay.open(list(data.states), shards, MEMBER, cache)
+        for meta in states.metas:
+            check_encoder(encoder_facts(config), meta, "data.states")
+        featurize = Silence(rule, encoder_width(config.model))
     order = {
         "seed": config.run.seed,
         "tokens_per_bin": data.tokens_per_bin,
@@ -77,7 +107,7 @@ def open_feed(config: cfg.Config) -> Feed:
         targets,
         Prompt(tokenizer, config.prompt),
         rule,
-        Featurize.of(config.model.encoder),
+        featurize,
         workers=data.workers,
         augment=data.augment,
         words=words,
@@ -85,7 +115,8 @@ def open_feed(config: cfg.Config) -> Feed:
         reads=config.losses.kl is not None,
         **order,  # type: ignore[arg-type]
     )
-    stream.prefetch = data.prefetch
+    stream.prefetch, stream.states = data.prefetch, states
+    stream.share = data.share_prompts
     stream.spells = config.losses.ctc is not None or config.losses.language is not None
     if isinstance(config.model.adapter, cfg.EBranchformerAdapter):
         stream.labels = LanguageLabels(config.model.adapter.languages)

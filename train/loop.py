@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,22 +12,23 @@ import torch
 from data.ledger import Ledger
 from train import checkpoint as ckpt
 from train import config as cfg
+from train import nonfinite
+from train.communication import Communication
 from train.engine import Engine, World
+from train.exhaustion import blamed_on
 from train.feed import Feed
 from train.loss import counted, mixed
 from train.meter import Meter
+from train.owner import Owner, Superseded
 from train.progress import bar, console
 from train.schedule import lr_at
 from train.stopping import Stopped, StopRequest, stop_requests
-from train.tracking import Tracker, revision
+from train.tracking import StepTracker, revision
 from train.validation import Validation
+from train.writing import Checkpoints
 
 if TYPE_CHECKING:
     from data.collate import Batch
-
-
-class NonFinite(ArithmeticError):
-    """The loss of a step is not a number; the update was not made."""
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Counts:
     too_long: int = 0
     """Transcripts that do not fit their slots, and so had no CTC loss."""
     skipped: list[dict[str, str]] = field(default_factory=list)
+    fault: nonfinite.Fault | None = None
+    """Why the update was not made, if it was not."""
 
 
 def train_step(
@@ -55,20 +57,19 @@ def train_step(
 
     Args:
         weights: of the losses that the model computes, in its order.
-    Raises:
-        NonFinite: before the update, naming this rank's samples.
     """
     totals = here.sum(*(sum(counted(b, loss) for b in batches) for loss in weights))
-    losses = []
+    losses, largest = [], []
     for batch in batches:
-        sums_K = engine(batch.to(here.device))
-        loss = mixed(sums_K, list(weights.values()), totals)
-        engine.backward(loss, last=batch is batches[-1])
+        with blamed_on(batch, here.rank):
+            sums_K = engine(batch.to(here.device))
+            loss = mixed(sums_K, list(weights.values()), totals)
+            largest.append(engine.backward(loss, last=batch is batches[-1]))
         losses.append(sums_K.detach())
     *sums, labels, tokens, seconds, documents, too_long = here.sum(
         *torch.stack(losses).double().sum(0).tolist(),
         sum(b.num_labels for b in batches),
-        sum(b.source.numel() * b.weight for b in batches),
+        sum(sum(b.lengths) * b.weight for b in batches),
         sum(b.seconds for b in batches),
         sum(len(b.keys) for b in batches),
         sum(b.transcripts.too_long for b in batches if b.transcripts),
@@ -76,18 +77,15 @@ def train_step(
     means = {n: s / max(1.0, t) for n, s, t in zip(weights, sums, totals, strict=True)}
     total = sum(weights[name] * mean for name, mean in means.items())
     counts = Counts(total, means, labels, tokens, seconds, int(documents), int(too_long))
-    if not math.isfinite(counts.loss):
-        bad = [b for b, loss in zip(batches, losses, strict=True) if not loss.isfinite().all()]
-        keys = [key for b in bad for key in b.keys]
-        raise NonFinite(
-            f"the loss is {counts.loss} before update {batches[0].step} of epoch "
-            f"{batches[0].epoch}; samples on rank {here.rank}: {', '.join(keys) or 'none'}"
-        )
     mine = [{"key": s.key, "reason": s.reason} for b in batches for s in b.skipped]
     # Skips are rare; whether there are any is asked with the cheapest of collectives.
     if here.sum(len(mine))[0]:
         counts.skipped = [skip for rank in here.gather(mine) for skip in rank]
-    return counts, engine.step(lr)
+    norm, made = engine.step(lr)
+    if not made:
+        named = [dict(zip(weights, sums_K.tolist(), strict=True)) for sums_K in losses]
+        counts.fault = nonfinite.gather(here, batches, named, largest)
+    return counts, norm
 
 
 class Trainer:
@@ -100,24 +98,33 @@ class Trainer:
         engine: Engine,
         feed: Feed,
         found: ckpt.Checkpoint | None,
-        tracker: Tracker | None,
+        tracker: StepTracker | None,
         tracker_run: str,
         validation: Validation | None = None,
+        owner: Owner | None = None,
     ):
         self.config, self.here, self.engine, self.feed = config, here, engine, feed
-        self.validation, self.meter = validation, Meter(config, here)
+        self.validation, self.meter, self.owner = validation, Meter(config, here), owner
         self.tracker, self.tracker_run = tracker, tracker_run
+        every = config.train.communication_every if here.rank == 0 else 0
+        self.communication = Communication(every, here.device)
         self.folder = config.run.output / "checkpoints"
         self.step = self.epoch = self.epoch_step = self.trained = 0
         self.skipped: list[dict[str, str]] = []
+        self.refused: list[int] = []
         if found is not None:
             state = found.state
             self.step, self.epoch, self.epoch_step = state.step, state.epoch, state.epoch_step
             self.trained, self.skipped = state.trained, list(state.skipped)
+            self.refused = list(state.refused)
             if validation is not None:
                 validation.history = list(state.validated)
         else:
             self._leave_out(0)
+        self._at: Callable[[str], object] = lambda where: None  # tells the watchdog
+        self.checkpoints = Checkpoints(
+            here, self.folder, config.train.keep, lambda: self._at("waiting for the disk")
+        )
         self._ledger: Ledger | None = None
         self._uncommitted: list[dict[str, Any]] = []  # the ledger's lines since the checkpoint
         if config.run.ledger and here.rank == 0:
@@ -129,22 +136,38 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it; the checkpoint is written.
+            Superseded: the run was started once more; nothing is written.
+            NonFinite: more steps than `train.max_nonfinite` were not; see `_refuse`.
+            WriteError: a checkpoint could not be written.
         """
+        began = time.perf_counter()
+        try:
+            self._run(step_done)
+        finally:
+            self.checkpoints.writer.wait()
+        if self.here.rank == 0:
+            console.print(self.checkpoints.describe(time.perf_counter() - began))
+
+    def _run(self, step_done: Callable[[], None]) -> None:
         total, weights = self.config.train.steps, self.config.losses.weights
         with (
             bar("train", total, self.step, enabled=self.here.rank == 0) as shown,
             stop_requests() as stop,
             self.here.watched(self.config.train.hang_seconds) as watchdog,
         ):
+            self._at = watchdog.at
             while self.step < total and not self._given_up():
                 began = time.perf_counter()
                 for batches in self.feed.steps(self.here, self.epoch, self.epoch_step):
                     watchdog.at(f"step {self.step}")
                     waited = time.perf_counter() - began
                     lr = lr_at(self.step, self.config.train)
-                    counts, norm = train_step(self.engine, self.here, batches, lr, weights)
+                    with self.communication.measured(self.step):
+                        counts, norm = train_step(self.engine, self.here, batches, lr, weights)
                     self.meter.count(batches)
-                    self._enter(batches)
+                    if counts.fault is not None:
+                        self._refuse(counts.fault)
+                    self._enter([] if counts.fault else batches)
                     self._after(counts, norm, lr, waited, time.perf_counter() - began)
                     step_done()
                     shown.advance(text=self._line(counts, time.perf_counter() - began))
@@ -156,21 +179,57 @@ class Trainer:
                 else:
                     self.epoch, self.epoch_step = self.epoch + 1, 0
                     self._leave_out(self.epoch)
-        if self.step % self.config.train.checkpoint_every:
-            self.save()
+            if self.step % self.config.train.checkpoint_every:
+                self.save()
+            self.checkpoints.written()
 
     def _given_up(self) -> bool:
         """Whether the validation's patience is at its end."""
         return self.validation is not None and self.validation.given_up()
 
     def _stop_if(self, request: StopRequest) -> None:
-        """Stop where any rank was asked to. A collective."""
-        if not self.here.sum(request.by is not None)[0]:
+        """Stop where any rank was asked to, or a checkpoint has failed. A collective."""
+        lost = self.checkpoints.writer.error is not None
+        newer = self.owner.taken() if self.owner else None
+        asked, failed, taken = self.here.sum(request.by is not None, lost, newer is not None)
+        if taken:
+            raise Superseded(
+                f"{self.config.run.output} was started once more, by {self.here.broadcast(newer)}; "
+                f"this start ends after step {self.step} and leaves the run to it"
+            )
+        if failed:
+            self.checkpoints.written()
+        if not asked:
             return
         if self.step % self.config.train.checkpoint_every:
             self.save()
+        # On all ranks: the launcher ends the others with the first that leaves.
+        self.checkpoints.written()
         by = [name for name in self.here.gather(request.by) if name]
         raise Stopped(f"{by[0]} after {self.step} of {self.config.train.steps} steps")
+
+    def _refuse(self, fault: nonfinite.Fault) -> None:
+        """Book a step that made no update, or stop where there are too many. A collective.
+
+        Raises:
+            NonFinite: naming the samples and the folder that has the step for `train/replay.py`.
+        """
+        weights = self.engine.weights()
+        folder = self.config.run.output / "nonfinite"
+        path = folder / ckpt.name_of(self.step)
+        if self.here.rank == 0:
+            nonfinite.save(folder, self._state(), weights, fault)
+        allowed, what = self.config.train.max_nonfinite, f"step {self.step} is not finite: {fault}"
+        if len(self.refused) >= allowed:
+            raise nonfinite.NonFinite(
+                f"{what}; no update was made. Look at it with `python train/replay.py {path}`; "
+                f"train.max_nonfinite is how many such steps are skipped (now {allowed})"
+            )
+        self.refused.append(self.step)
+        about = {"epoch": str(self.epoch), "reason": "its step is not finite"}
+        self.skipped += [about | {"key": key, "step": str(self.step)} for key in fault.keys]
+        if self.here.rank == 0:
+            console.print(f"skipped: {what}; saved in {path}")
 
     def _after(self, counts: Counts, norm: float, lr: float, waited: float, seconds: float) -> None:
         """Book one finished step: position, skips, metrics, validation, checkpoint."""
@@ -193,16 +252,20 @@ class Trainer:
                     "data/tokens": counts.tokens,
                     "data/audio_seconds": counts.seconds,
                     "data/skipped": len(self.skipped) + len(counts.skipped),
+                    "train/nonfinite": len(self.refused),
                     **({"data/ctc_too_long": counts.too_long} if "ctc" in counts.losses else {}),
                     "perf/tokens_per_second": counts.tokens / seconds,
                     "perf/label_tokens_per_second": counts.labels / seconds,
                     "perf/audio_hours_per_hour": counts.seconds / seconds,
                     **self.meter.figures(seconds),
                     "perf/data_wait_share": waited / seconds,
+                    **self.communication.figures(),
                     "perf/step_seconds": seconds,
+                    "perf/checkpoint_stall_ms": 1000 * self.checkpoints.stall,
                     **validated,
                 },
             )
+        self.checkpoints.stall = 0.0
         self._count_skips(counts)
         self.step += 1
         self.epoch_step += 1
@@ -226,44 +289,56 @@ class Trainer:
                 console.print(f"skipped {skip.key}: {skip.reason}")
 
     def _count_skips(self, counts: Counts) -> None:
-        self.trained += counts.documents
+        self.trained += 0 if counts.fault else counts.documents
         for skip in counts.skipped:
             self.skipped.append({"epoch": str(self.epoch), **skip})
             if self.here.rank == 0:
                 console.print(f"skipped {skip['key']}: {skip['reason']}")
-        share = len(self.skipped) / max(1, self.trained + len(self.skipped))
+        if not counts.skipped:
+            return
+        # Those of steps that were not finite have a limit of their own.
+        bad = [skip for skip in self.skipped if "step" not in skip]
+        share = len(bad) / max(1, self.trained + len(self.skipped))
         limit = self.config.data.max_skipped
         # A share of a handful of samples says nothing yet.
-        if counts.skipped and len(self.skipped) > 10 and share > limit:
+        if len(bad) > 10 and share > limit:
             raise cfg.ConfigError(
-                f"{len(self.skipped)} samples ({share:.1%}) were skipped for bad content, more "
-                f"than data.max_skipped = {limit:.1%}; last: {self.skipped[-1]}"
+                f"{len(bad)} samples ({share:.1%}) were skipped for bad content, more "
+                f"than data.max_skipped = {limit:.1%}; last: {bad[-1]}"
             )
 
     def save(self) -> None:
-        """Commit a checkpoint; what the tracker holds back is written before. A collective."""
-        weights, moments = self.engine.weights(), self.engine.moments()
-        if self.here.rank == 0:
+        """Have a checkpoint written; waits for its copy to host memory. A collective."""
+        entered, self._uncommitted = self._uncommitted, []
+
+        def before() -> None:
             if self.tracker is not None:
-                self.tracker.flush()
-            state = ckpt.State(
-                step=self.step,
-                epoch=self.epoch,
-                epoch_step=self.epoch_step,
-                trained=self.trained,
-                plan=self.feed.digest,
-                tracker_run=self.tracker_run,
-                config=self.config.resolved(),
-                revision=revision(),
-                skipped=self.skipped,
-                validated=self.validation.history if self.validation else [],
-            )
+                self.tracker.sync()
             if self._ledger is not None:  # ahead of a checkpoint it can be rewound
-                self._ledger.extend(self._uncommitted)
-                self._uncommitted.clear()
-            best = self.validation.best() if self.validation else []
-            ckpt.save(self.folder, state, weights, moments, self.config.train.keep, best)
-        self.here.barrier()
+                self._ledger.extend(entered)
+
+        self.checkpoints.save(
+            self._state(),
+            lambda: (self.engine.weights(), self.engine.moments()),
+            self.validation.best() if self.validation else [],
+            before,
+        )
+
+    def _state(self) -> ckpt.State:
+        """Everything but tensors, as it is now."""
+        return ckpt.State(
+            step=self.step,
+            epoch=self.epoch,
+            epoch_step=self.epoch_step,
+            trained=self.trained,
+            plan=self.feed.digest,
+            tracker_run=self.tracker_run,
+            config=self.config.shown(),
+            revision=revision(),
+            skipped=list(self.skipped),
+            refused=list(self.refused),
+            validated=list(self.validation.history) if self.validation else [],
+        )
 
     def _line(self, counts: Counts, seconds: float) -> str:
         return (

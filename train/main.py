@@ -13,16 +13,20 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from data.secrets import redacted
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.cli import arguments, guarded, leave
+from train.communication import Communication
 from train.dryrun import dry_run
 from train.engine import (
     Engine,
     World,
+    environment,
     gathered,
     partition,
     partitioned,
@@ -30,15 +34,17 @@ from train.engine import (
     stage_of,
     world,
 )
-from train.feed import open_feed
+from train.feed import Feed, open_feed
 from train.frozen import unchanged
 from train.loop import Trainer
 from train.model.build import build
 from train.model.respond import load_trained
+from train.model.speech_llm import SpeechLLM
+from train.owner import Owner, wait_for_owner
 from train.profiling import profiled
 from train.progress import console
 from train.stopping import Stopped
-from train.tracking import Tracker, run_tags
+from train.tracking import TARGETS, StepTracker, Used, parent, run_tags
 from train.validation import Validation
 
 
@@ -60,7 +66,7 @@ def resume_point(config: cfg.Config, digest: str) -> ckpt.Checkpoint | None:
 
 def open_tracker(
     config: cfg.Config, here: World, begun: ckpt.State | None
-) -> tuple[Tracker | None, str]:
+) -> tuple[StepTracker | None, str]:
     """The run's tracker (on rank 0) and its id; the same one after every restart.
 
     A run that was `begun` from another one's weights names it, and stands below it in MLflow.
@@ -72,57 +78,80 @@ def open_tracker(
     tracker = None
     if here.rank == 0:
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known and known["uri"] != config.run.tracking_uri:
+        uri = redacted(config.run.tracking_uri)
+        if known and known["uri"] != uri:
             raise cfg.ConfigError(
-                f"run.tracking_uri is {config.run.tracking_uri}, but {config.run.output} was "
-                f"begun with {known['uri']}; restore it, or choose another run.output"
+                f"run.tracking_uri is {uri}, but {config.run.output} was begun with "
+                f"{known['uri']}; restore it, or choose another run.output"
             )
-        tracker = Tracker(
+        tracker = StepTracker(
             config.run.tracking_uri,
             config.run.experiment,
             config.run.name,
             run_id=known.get("run_id"),
             params=config.flat(),
             tags=run_tags("train") | links(config, begun),
+            journal=config.run.output / "metrics.jsonl",
+            say=console.print,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({"uri": config.run.tracking_uri, "run_id": tracker.run_id}) + "\n"
-        )
+        partial.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}) + "\n")
         partial.rename(path)
     return tracker, here.broadcast(tracker.run_id if tracker else None)
 
 
+def show_data(
+    tracker: StepTracker, config: cfg.Config, feed: Feed, validation: Validation | None
+) -> None:
+    """Tell the tracker what the run learns from, with pictures of it."""
+    made = {str(meta["hash"]) for meta in feed.stream.targets.metas if "hash" in meta}
+    tracker.tag(TARGETS, ", ".join(sorted(made)))
+    tracker.data(Used.of("training", "training", feed.stream.shards))
+    if validation is not None:
+        tracker.data(Used.of("validation", "validation", validation.feed.stream.shards))
+    if config.run.pictures:
+        from train import pictures  # matplotlib takes a second
+
+        tracker.picture("lengths", pictures.lengths(feed.stream))
+        tracker.picture("packing", pictures.packing(feed.stream, config.data.tokens_per_bin))
+
+
 def links(config: cfg.Config, begun: ckpt.State | None) -> dict[str, str]:
     """Tags of a run that name the one whose weights it began with."""
-    if begun is None:
-        return {}
-    tags = {"hearken.begun_from": begun.tracker_run}
-    if begun.config["run"]["tracking_uri"] == config.run.tracking_uri:
-        tags["mlflow.parentRunId"] = begun.tracker_run
-    return tags
+    return {} if begun is None else parent(config, begun, "hearken.begun_from")
 
 
-def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
-    feed = open_feed(config)
-    found = resume_point(config, feed.digest)
-    if found is not None and found.state.step >= config.train.steps:
-        if here.rank == 0:
-            console.print(f"{found.path} has all {config.train.steps} steps; nothing to do")
-        return
-    stage = stage_of(config.train)
-    model = build(
+def make_model(config: cfg.Config, here: World) -> SpeechLLM:
+    """The model as stage 2 trains it, partitioned where its engine wants that."""
+    return build(
         config.model,
         config.train.precision,
         seed=config.run.seed,
         device=here.device,
         partitioned=partitioned(config.train),
         gathered=gathered,
-        partition=partition if stage == 3 else None,
+        partition=partition if stage_of(config.train) == 3 else None,
         capacity=config.data.tokens_per_bin,
         losses=config.losses,
+        stored=bool(config.data.states),
     )
+
+
+def run(
+    config: cfg.Config, here: World, profile_steps: int = 0, owner: Owner | None = None
+) -> None:
+    feed = open_feed(config)
+    found = resume_point(config, feed.digest)
+    if found is not None and found.state.step >= config.train.steps:
+        if here.rank == 0:
+            console.print(f"{found.path} has all {config.train.steps} steps; nothing to do")
+            # but to send metrics that the tracker was not there for
+        tracker, _ = open_tracker(config, here, None)
+        if tracker is not None:
+            tracker.close()
+        return
+    model = make_model(config, here)
     begun = None
     if found is not None:
         load_trained(model, found.weights, rewritten)
@@ -133,7 +162,7 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
     accumulation = math.ceil(config.data.bins_per_step / here.size)
     engine = Engine(model, config.train, here, accumulation)
     if found is not None:
-        engine.load(found.weights, found.moments, found.state.step)
+        engine.load(found.weights, found.moments, found.state.updates)
     tracker, run_id = open_tracker(config, here, begun)
     if here.rank == 0:
         where = f"from {found.path}" if found else "from the start"
@@ -141,10 +170,12 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
             where += f" with the weights of {config.train.init}"
         console.print(
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
-            f"{config.train.precision}, ZeRO-{stage}, {feed.describe()}, {where}"
+            f"{config.train.precision}, ZeRO-{stage_of(config.train)}, {feed.describe()}, {where}"
         )
     validation = Validation.open(config)
-    trainer = Trainer(config, here, engine, feed, found, tracker, run_id, validation)
+    if tracker is not None and found is None:
+        show_data(tracker, config, feed, validation)
+    trainer = Trainer(config, here, engine, feed, found, tracker, run_id, validation, owner)
     record = config.run.output / "frozen.json"
     verified: AbstractContextManager[None] = nullcontext()
     if config.train.verify_frozen:
@@ -152,13 +183,15 @@ def run(config: cfg.Config, here: World, profile_steps: int = 0) -> None:
     try:
         with verified:
             if profile_steps and here.rank == 0:
+                trainer.communication = Communication(0, here.device)  # one profile at a time
                 with profiled(config.run.output / "profile", profile_steps) as step_done:
                     trainer.run(step_done)
             else:
                 trainer.run()
     except BaseException as end:
         if tracker is not None:
-            tracker.close("KILLED" if isinstance(end, Stopped) else "FAILED")
+            # Soon: whoever stops it may be about to kill it.
+            tracker.close("KILLED" if isinstance(end, Stopped) else "FAILED", seconds=10)
         raise
     engine.close()
     if tracker is not None:
@@ -196,9 +229,16 @@ def main(argv: list[str] | None = None) -> None:
         for config in stages:  # of several, the file has the last one's
             dry_run(config, args.json, args.gpus, args.gpu_memory)
         return
-    with world() as here:
+    environment()
+    # Before the ranks meet: an earlier start may still hold the port.
+    owner = None
+    if os.environ["RANK"] == "0":
+        owner = Owner(stages[0].run.output, console.print)
+    else:
+        wait_for_owner(stages[0].run.output)
+    with world(stages[0].train.hang_seconds) as here:
         for config in stages:
-            run(config, here, args.profile)
+            run(config, here, args.profile, owner)
             gc.collect()  # DeepSpeed's parts hold each other, and the next stage wants the memory
 
 

@@ -22,20 +22,23 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch.distributed import TCPStore
+from torch.distributed import Store
 
 from data.shards import ShardSet
 from train import config as cfg
 from train.cli import arguments, guarded, leave
 from train.engine import World, environment, world
 from train.feed import open_cache
+from train.meeting import open_store
 from train.model.build import length_rule, load_tokenizer
 from train.ops import library
 from train.progress import console
+from train.stopping import Stopped
 from train.tracking import revision
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "mlflow", "numpy")
-WAIT = timedelta(seconds=30)
+WAIT = 30.0
+"""Seconds that ranks wait for each other."""
 _CLOCK_SECONDS = 2.0
 _FREE_GB = 20.0
 _MB = 64
@@ -73,7 +76,7 @@ def look(config: cfg.Config) -> dict[str, Any]:
     }
 
 
-def reported(mine: dict[str, Any], hosts: list[str]) -> list[dict[str, Any]]:
+def reported(store: Store, mine: dict[str, Any], hosts: list[str]) -> list[dict[str, Any]]:
     """All ranks' reports, on rank 0 (elsewhere none).
 
     Args:
@@ -82,23 +85,11 @@ def reported(mine: dict[str, Any], hosts: list[str]) -> list[dict[str, Any]]:
         ConfigError: some rank did not report in time.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # The port beside the run's: this store is gone before the process group opens its own.
-    port = int(os.environ["MASTER_PORT"]) + 1
-    try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"], port, size, rank == 0, WAIT, wait_for_workers=False
-        )
-        store.set(f"report/{rank}", json.dumps(mine))
-    except (RuntimeError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise cfg.ConfigError(
-            f"{mine['host']}: rank {rank} does not reach rank 0 at {os.environ['MASTER_ADDR']}:"
-            f"{port} ({line}); check name, route and firewall"
-        ) from None
+    store.set(f"report/{rank}", json.dumps(mine))
     if rank:
-        store.wait(["done"], 2 * WAIT)
+        store.wait(["done"], timedelta(seconds=2 * WAIT))
         return []
-    deadline = time.monotonic() + WAIT.total_seconds()
+    deadline = time.monotonic() + WAIT
     waiting = set(range(size))
     while waiting and time.monotonic() < deadline:
         waiting = {r for r in waiting if not store.check([f"report/{r}"])}
@@ -109,9 +100,9 @@ def reported(mine: dict[str, Any], hosts: list[str]) -> list[dict[str, Any]]:
         names = [f"rank {r} on {hosts[r] if r < len(hosts) else '?'}" for r in sorted(waiting)]
         there = sorted({report["host"] for report in found})
         raise cfg.ConfigError(
-            f"no report within {WAIT.seconds} s from {', '.join(names)}; there are "
+            f"no report within {WAIT:.0f} s from {', '.join(names)}; there are "
             f"{', '.join(there)}; check that the others are up and reach "
-            f"{os.environ['MASTER_ADDR']}:{port}"
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         )
     time.sleep(0.5)  # the others read "done" before the store goes
     return found
@@ -163,8 +154,13 @@ def collective(here: World) -> list[str]:
 def run(config: cfg.Config, hosts: list[str]) -> None:
     environment()
     os.environ.setdefault("DEEPSPEED_TIMEOUT", "1")  # minutes; a collective that hangs ends
-    faults = differing(reported(look(config), hosts))
-    with world() as here:
+    mine = look(config)
+    try:
+        store = open_store(WAIT)  # kept, so that the world's is served by the same server
+    except Stopped as unreached:
+        raise cfg.ConfigError(str(unreached)) from None
+    faults = differing(reported(store, mine, hosts))
+    with world(WAIT) as here:
         faults = here.broadcast(faults) or collective(here)
         if here.rank == 0 and faults:
             raise cfg.ConfigError("\n".join(faults))

@@ -68,14 +68,19 @@ class Watchdog:
 
     def _report(self) -> None:
         lines = [f"watchdog on rank {self._rank}: at {self._where!r} for {self._limit:.0f} s"]
-        for rank in range(self._size):
-            key = f"watchdog/{rank}"
-            # Not `get` alone: it would wait for a rank that never said anything.
-            if self._store.check([key]):
-                place = json.loads(self._store.get(key))
-                ago = time.time() - place["at"]
-                lines.append(f"  rank {rank} on {place['host']}: {place['where']}, for {ago:.0f} s")
-            else:
-                lines.append(f"  rank {rank}: has said nothing yet")
+        try:
+            lines += [self._place(rank) for rank in range(self._size)]
+        except Exception as error:  # torch's own, for a connection that is gone
+            why = str(error).partition("\n")[0]
+            lines.append(f"  rank 0 has ended already, where all say where they are ({why})")
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _place(self, rank: int) -> str:
+        key = f"watchdog/{rank}"
+        # Not `get` alone: it would wait for a rank that never said anything.
+        if not self._store.check([key]):
+            return f"  rank {rank}: has said nothing yet"
+        place = json.loads(self._store.get(key))
+        ago = time.time() - place["at"]
+        return f"  rank {rank} on {place['host']}: {place['where']}, for {ago:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from data.archive import drafted
+from tests.launch import ROOT, command, environment
+from train.cli import guarded
+from train.stopping import RESUMABLE
 from train.supervise import Supervisor
 
 
@@ -66,3 +70,33 @@ def test_a_signal_is_passed_on_and_is_the_end(tmp_path: Path, number: int) -> No
     os.kill(process.pid, number)
     assert process.wait(30) == 75
     assert (tmp_path / "said").read_text() == "stopped\n"
+
+
+@pytest.mark.slow
+def test_the_rank_that_knows_why_decides_the_exit_status() -> None:
+    done = subprocess.run(
+        command("tests/train/leaving_on_ranks.py", ranks=2),
+        cwd=ROOT, env=environment(), text=True, timeout=120,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert "error on rank 1: mend this" in done.stdout
+    assert done.returncode == 2, done.stdout[-4000:]
+
+
+def test_a_full_disk_is_mended_and_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        with drafted(tmp_path / "owner.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert guarded(full) == RESUMABLE
+    said = capsys.readouterr().err
+    assert f"stopped: {tmp_path}/owner.json could not be written: No space left on device" in said
+    assert "make room" in said
+
+    def broken() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        guarded(broken)

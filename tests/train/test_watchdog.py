@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
 from train.stopping import RESUMABLE
 from train.watchdog import Watchdog
@@ -41,3 +41,28 @@ def test_a_rank_that_moves_is_left_alone() -> None:
         threading.Event().wait(0.1)
     watchdog.close()
     assert codes == []
+
+
+class Gone:
+    """The store of a rank 0 that has ended."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def get(self, key: str) -> bytes:
+        raise DistNetworkError("Connection reset by peer\nand a page of frames")
+
+    def check(self, keys: list[str]) -> bool:
+        raise DistNetworkError("Connection reset by peer\nand a page of frames")
+
+
+def test_it_ends_though_rank_0_has_ended_before_it(capfd: pytest.CaptureFixture[str]) -> None:
+    ended = threading.Event()
+    watchdog = Watchdog(Gone(), 2, 4, 0.2, lambda code: ended.set())
+    assert ended.wait(10)
+    watchdog.close()
+    said = capfd.readouterr().err
+    assert "watchdog on rank 2" in said
+    assert (
+        "rank 0 has ended already, where all say where they are (Connection reset by peer)" in said
+    )
