@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.launch import ROOT, environment
+
+BIN = Path(sys.executable).parent
+PORT = "29517"  # of the ranks' first meeting
 
 _PACKAGES = {"ip": "iproute2", "sshd": "openssh-server", "pdsh": "pdsh"}
 
@@ -92,6 +96,14 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             _wait_for_ssh(hosts[0], host)
         yield hosts[0], hosts[1]
+
+
+def across(hosts: tuple[Host, Host], hostfile: Path, script: str, *args: str | Path) -> str:
+    """`deepspeed --hostfile`, from the first host through pdsh; an `env` lies beside the file."""
+    return hosts[0].run(
+        BIN / "deepspeed", "--hostfile", hostfile, "--master_port", PORT, script, *args,
+        DS_ENV_FILE=str(hostfile.with_name("env")),
+    )  # fmt: skip
 
 
 def _cable(hosts: tuple[Host, ...]) -> None:

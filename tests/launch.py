@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +66,22 @@ def python(*args: str | Path, fails: bool = False, timeout: float = 300) -> str:
     )  # fmt: skip
     assert (done.returncode != 0) == fails, done.stdout[-6000:]
     return done.stdout
+
+
+@contextmanager
+def start_python(*args: str | Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A plain Python command that goes on until the context ends, as by Ctrl-C."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)],
+            cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ from typing import Any
 import mlflow
 import pytest
 
+from tests import hosts as nodes
 from tests import tiny
+from tests.hosts import Host
 from tests.launch import launch
 from train import checkpoint as ckpt
 
@@ -23,8 +27,11 @@ class Workspace:
 
     def config(self, name: str, **changes: Any) -> Path:
         """A run of its own, with its own output and tracking database."""
-        tree = tiny.config(self.root, train__steps=STEPS, **changes)
+        tree = tiny.config(self.root, **({"train__steps": STEPS} | changes))
         folder = self.root / name
+        made = self.root / "tables.db"
+        if made.exists() and not folder.with_suffix(".db").exists():
+            shutil.copy(made, folder.with_suffix(".db"))  # a second sooner than MLflow makes them
         tree["run"] |= {
             "name": name, "output": str(folder), "tracking_uri": f"sqlite:///{folder}.db",
         }  # fmt: skip
@@ -52,6 +59,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     tiny.llm(root / "llm")
     tiny.prompts(root / "prompts.yaml")
     here = Workspace(root)
+    mlflow.MlflowClient(f"sqlite:///{root}/tables.db").search_experiments()
     launch("train/behave.py", here.config("targets-run"), ranks=2)
     return here
 
@@ -59,7 +67,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="session")
 def uninterrupted(workspace: Workspace) -> str:
     """The name of a two-rank run that nothing disturbed."""
-    launch("train/main.py", workspace.config("uninterrupted"), ranks=2)
+    launch("train/main.py", workspace.config("uninterrupted", run__pictures=True), ranks=2)
     return "uninterrupted"
 
 
@@ -81,4 +89,31 @@ def tasks(workspace: Workspace) -> Path:
                         "options": ["cat", "old dog"]},
             ]  # fmt: skip
             out.writelines(json.dumps(line) + "\n" for line in lines)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+    if reason := nodes.why_not():
+        if "FORBIDDEN" in reason:
+            pytest.skip(reason)
+        pytest.fail(reason)
+    with nodes.two_hosts(tmp_path_factory.mktemp("hosts")) as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def hostfile(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hostfile, with the environment of every node in a `.deepspeed_env` beside it."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "hostfile").write_text("".join(f"{host.name} slots=2\n" for host in hosts))
+    (folder / "env").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\n")
+    return folder / "hostfile"
+
+
+@pytest.fixture(scope="module")
+def one_each(hostfile: Path) -> Path:
+    """The same hosts with one rank each: it takes half as long where the cores are two."""
+    path = hostfile.with_name("one-each")
+    path.write_text(hostfile.read_text().replace("slots=2", "slots=1"))
     return path

@@ -37,7 +37,6 @@ class Samples:
             clip = make_clip(rng.normal(size=size).astype(np.float32), rule, featurize)
             spoken = tuple(rng.integers(9, 24, size=1 + 2 * n).tolist())
             said = prompt.answer(rng.integers(9, 24, size=2 + 3 * n).tolist(), n % 2 == 0)
-            prefix, suffix = prompt.parts("continue this")
             half = max(1, clip.slots // 2)
             words = (Word(0, half, spoken[:1]), Word(half, clip.slots - half, spoken[1:]))
             self.all.append(
@@ -45,7 +44,7 @@ class Samples:
                     str(n),
                     (*prompt.with_speech("continue this", clip.slots), said),
                     clip,
-                    (Text((*prefix, *spoken, *suffix)), said),
+                    (*prompt.with_parts("continue this", (Text(spoken),)), said),
                     spoken,
                     words,
                 )
@@ -61,10 +60,10 @@ class Samples:
             self.written.append(Sample(f"written {n}", document, read=document))
 
     def pack(self, numbers: list[int]) -> Batch:
-        return collate([self.all[n] for n in numbers])
+        return collate([self.all[n] for n in numbers], share=True)
 
     def pack_written(self, numbers: list[int]) -> Batch:
-        return collate([self.written[n] for n in numbers], silence=self.silence)
+        return collate([self.written[n] for n in numbers], silence=self.silence, share=True)
 
 
 def config(
