@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.archive import ShardError, read_meta
+from data.secrets import redacted
 from data.shards import ShardSet
 from data.sources import expand, index_address
 from data.tasks import Item, load_items
@@ -25,8 +26,16 @@ from train.feed import open_cache
 from train.generalisation import generalisation
 from train.metrics import CHOICES, METRICS
 from train.model.respond import Responder
+from train.pictures import of_clips
 from train.progress import bar, console
-from train.report import answer_rows, print_generalisation, print_scores, track, write_json
+from train.report import (
+    answer_rows,
+    print_generalisation,
+    print_scores,
+    sampled,
+    track,
+    write_json,
+)
 from train.scores import cells
 from train.states import Measured
 
@@ -109,10 +118,14 @@ def run(
             write_json(json_path, rows)
         if answers_path is not None:
             write_json(answers_path, answer_rows(all_results))
-        run_id = track(config, found.state, scored, general, all_results, shards)
+        numbers = {key: i for i, key in enumerate(keys)}
+        drawn = sampled(config, all_results)[: evaluate.pictures]
+        asked = {numbers[key]: items[key][0].instruction for key in drawn}
+        pictures = of_clips(config, responder, shards, asked) if asked else ()
+        run_id = track(config, found.state, scored, general, all_results, shards, pictures)
         console.print(
             f"evaluated {len(clips)} utterances with {found.path}; tracker run {run_id}; to look: "
-            f"mlflow ui --backend-store-uri {config.run.tracking_uri}"
+            f"mlflow ui --backend-store-uri {redacted(config.run.tracking_uri)}"
         )
 
 
@@ -123,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--answers", type=Path, help="write every answer as JSON, too")
     args = parser.parse_args(argv)
     config = cfg.load(args.config, args.set)
-    with world() as here:
+    with world(config.train.hang_seconds) as here:
         run(config, args.checkpoint or config.run.output, args.json, args.answers, here)
 
 

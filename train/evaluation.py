@@ -23,6 +23,7 @@ from train.model.transcribe import Transcriber
 from train.progress import Bar
 from train.states import Measured, measure
 
+_ANSWERS = 16  # at once, whose logits over the whole vocabulary are held at every token
 Asked = tuple[Item, str, Question]
 
 
@@ -186,7 +187,8 @@ class Evaluation:
     def _distances(
         self, clips: list[int], inputs: dict[int, dict[str, str | torch.Tensor]]
     ) -> list[Measured]:
-        """How far the states of each kind of input are from those of the text."""
+        """How far the states of each kind of input are from those of the text, and what the
+        expected answers cost."""
         kinds = list(dict.fromkeys(["text", *self.evaluate.inputs]))
         found = []
         for i in clips:
@@ -194,14 +196,24 @@ class Evaluation:
                 continue
             items = self.items[self.shards.key(i)]
             asked = [
-                Question(item.instruction, inputs[i][kind]) for kind in kinds for item in items
+                (item, kind, Question(item.instruction, inputs[i][kind]))
+                for kind in kinds
+                for item in items
             ]
             size = self.evaluate.batch_size
-            states = torch.cat(
-                [self.responder.states(asked[at : at + size]) for at in range(0, len(asked), size)]
-            )
+            chunks = [asked[at : at + size] for at in range(0, len(asked), size)]
+            states = torch.cat([self.responder.states([q for *_, q in c]) for c in chunks])
             by_kind = dict(zip(kinds, states.split(len(items)), strict=True))
             found += measure(items, by_kind)
+            for at in range(0, len(asked), _ANSWERS):
+                chunk = asked[at : at + _ANSWERS]
+                scores = self.responder.score(
+                    [q for *_, q in chunk], [(a.answer,) for a, *_ in chunk]
+                )
+                found += [
+                    Measured(item, kind, "answer_loss", -score.by("mean"))
+                    for (item, kind, _), (score,) in zip(chunk, scores, strict=True)
+                ]
         return found
 
 

@@ -9,9 +9,13 @@ and speech beside text. Three of these figures compare with the text of the same
     instruction_match   whether, among the utterance's instructions, the text's state that is
                         nearest (by cosine) is that of the same instruction, in percent
 
-and one is about the instructions themselves, for text as for any other input:
+one is about the instructions themselves, for text as for any other input:
 
     instruction_cosine  mean cosine of an utterance's states under instructions of unlike tasks
+
+and one about the answer (`train.evaluation` asks for it):
+
+    answer_loss         cross entropy of the expected answer and its end, per token
 
 States of one LLM all point roughly one way, so cosines near 1 mean little by themselves; compare
 inputs and adapters.
@@ -35,6 +39,7 @@ METRICS = {
         Mean("state_l2", _SCORER, higher_is_better=False),
         Mean("instruction_match", _SCORER),
         Mean("instruction_cosine", _SCORER, higher_is_better=False),
+        Mean("answer_loss", "mean over the answer's tokens", higher_is_better=False),
     )
 }
 

@@ -37,6 +37,7 @@ class Validation:
                 "shards": settings.shards,
                 "targets": settings.targets,
                 "words": settings.words,
+                "states": settings.states,
                 "augment": None,
                 "interleave": None,
             }

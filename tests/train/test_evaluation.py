@@ -20,6 +20,7 @@ from train.compare import main as compare_main
 from train.evaluate import check, trained_tasks
 from train.evaluation import Evaluation, Result, others
 from train.generalisation import generalisation
+from train.model.attention import set_packed
 from train.model.respond import Question, Responder
 from train.progress import Bar
 from train.report import write_json
@@ -161,11 +162,30 @@ def test_states_are_measured_for_some_utterances_against_their_text(
     for m in answered[1]:
         found[m.input, m.metric].append(m.value)
     assert {metric for _, metric in found} == {
-        "state_cosine", "state_l2", "instruction_match", "instruction_cosine",
+        "state_cosine", "state_l2", "instruction_match", "instruction_cosine", "answer_loss",
     }  # fmt: skip
     assert len(found["speech", "state_cosine"]) == 3 * 4
     assert ("text", "state_cosine") not in found
     assert len(found["text", "instruction_cosine"]) == 3 * 4
+
+
+def test_the_loss_of_an_answer_is_that_of_its_tokens_and_its_end(
+    answered: tuple[list[Result], list[Measured]], evaluation: Evaluation
+) -> None:
+    """By transformers' own loss, one document at a time."""
+    losses = [m for m in answered[1] if m.metric == "answer_loss" and m.input == "text"]
+    assert len(losses) == 3 * 4
+    responder, keys = evaluation.responder, evaluation.shards.keys.to_pylist()
+    decoder, eos = responder.model.decoder, responder.tokenizer.eos_token_id
+    for found in losses:
+        text = evaluation.shards.texts[keys.index(found.item.key)].as_py()
+        prefix, suffix = responder.prompt.parts(found.item.instruction)
+        before = [*prefix, *responder.prompt.encode(text), *suffix]
+        answer = [*responder.prompt.encode(found.item.answer), eos]
+        set_packed(decoder, None)
+        ids = torch.tensor([before + answer])
+        labels = torch.tensor([[-100] * len(before) + answer])
+        assert found.value == pytest.approx(float(decoder(ids, labels=labels).loss), rel=1e-4)
 
 
 def test_distances_are_what_they_are_called() -> None:
