@@ -11,27 +11,40 @@ import atexit
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
-from data.archive import ShardError
+from data.archive import NO_ROOM, ShardError
 from data.audio import AudioError
 from data.augment import AugmentError
 from data.ledger import LedgerError
 from data.retry import ReadError
 from data.tasks import TaskError
 from data.templates import TemplateError
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, WriteError
 from train.config import ConfigError
+from train.exhaustion import OutOfMemory
+from train.nonfinite import NonFinite
+from train.owner import Superseded
 from train.stopping import RESUMABLE, Stopped
 
 MENDABLE = (
     ConfigError, CheckpointError, ShardError, AudioError, AugmentError, LedgerError, TaskError,
-    TemplateError,
+    TemplateError, OutOfMemory,
 )  # fmt: skip
+
+_LEFT_ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_BEHIND = 3.0
+"""Seconds that a rank whose peer has left goes after it. The launcher looks once a second, and ends
+with the status of any rank that it then finds ended: it shall be the one that knows why."""
+
+_TOGETHER = 15.0
+"""Seconds that the other ranks give rank 0: more than it gives the tracker."""
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -63,16 +76,45 @@ def guarded(main: Callable[[], None]) -> int:
         for line in str(e).splitlines():
             print(f"{where}: {line}", file=sys.stderr, flush=True)
         return 2
+    except (NonFinite, Superseded) as e:
+        _say_once(f"error: {e}")
+        return 2
+    except WriteError as e:
+        hint = "make room, or mend the disk, and run the same command again to continue"
+        _say_once(f"stopped: {e}; {hint}")
+        return RESUMABLE
     except ReadError as e:
         print(f"stopped: {e}; run the same command again to continue", file=sys.stderr, flush=True)
         return RESUMABLE
     except Stopped as e:
         print(f"stopped: {e}; run the same command again to continue", file=sys.stderr, flush=True)
         return RESUMABLE
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        what = f"{e.filename or 'a file of the run'} could not be written: {e.strerror}"
+        hint = "make room, and run the same command again to continue"
+        print(f"stopped: {what}; {hint}", file=sys.stderr, flush=True)
+        return RESUMABLE
+    except RuntimeError as e:
+        if not any(said in str(e) for said in _LEFT_ALONE):
+            raise
+        traceback.print_exc()
+        time.sleep(_BEHIND)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return RESUMABLE
     return 0
+
+
+def _say_once(line: str) -> None:
+    """What all ranks have found together, said by rank 0. The launcher kills who is left when the
+    first ends, and rank 0 may be taking leave of a tracker that is away: so the others wait."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_TOGETHER)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,9 +1,11 @@
 """Answer an instruction about a recording.
 
     python train/listen.py runs/micro/blsp question.wav --instruction "repeat the sentence"
+    python train/listen.py runs/micro/blsp --ui
 
 MODEL is a run's output folder or one of its checkpoints. The recording may be WAV, FLAC, OGG or
-MP3, of any sample rate and channel count.
+MP3, of any sample rate and channel count. `--ui` opens a page on this machine to record and ask
+(see `train.talk`).
 """
 
 from __future__ import annotations
@@ -42,21 +44,50 @@ def record(path: Path, max_seconds: float, rule: LengthRule) -> np.ndarray:
     return wave
 
 
+def talk(responder: Responder, config: cfg.Config, port: int) -> None:
+    """Serve the page until interrupted.
+
+    Raises:
+        ConfigError: its library is missing.
+    """
+    try:
+        from train.talk import Talk, serve
+    except ModuleNotFoundError as e:
+        if e.name != "gradio":
+            raise
+        raise cfg.ConfigError("--ui needs gradio: pip install -e '.[ui]'") from None
+    try:
+        serve(Talk(config, responder), port)
+    except OSError as e:
+        raise cfg.ConfigError(f"--port {port}: {e}; choose another") from None
+    except KeyboardInterrupt:
+        print("closed", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="run.output, or a checkpoint in it")
-    parser.add_argument("audio", type=Path, nargs="+", help="recordings")
-    parser.add_argument("--instruction", required=True, help="what to do with what is heard")
+    parser.add_argument("audio", type=Path, nargs="*", help="recordings")
+    parser.add_argument("--instruction", help="what to do with what is heard")
     parser.add_argument(
         "--language", default="", help="of the recordings, for model.encoder.languages"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ui", action="store_true", help="serve a page to talk to it instead")
+    parser.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.ui == bool(args.audio):
+        parser.error("give recordings, or --ui without any")
+    if args.audio and args.instruction is None:
+        parser.error("--instruction is needed: what is to be done with what is heard?")
     found = ckpt.find(args.model)
     config = cfg.parse(found.state.config, str(found.path))
+    if args.ui:
+        talk(Responder(config, found.weights, args.device), config, args.port)
+        return
     rule = length_rule(config.model)
     waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
     responder = Responder(config, found.weights, args.device)
