@@ -114,9 +114,10 @@ def seconds_of(mix: str, draw: random.Random) -> Iterator[float]:
 
 
 def utterances(mix: str, count: int, encoder: PretrainedConfig, words: int) -> list[Utterance]:
-    """One step's utterances: prompt and answer as long as BLSP's (its instruction of 24 tokens,
+    """One step's utterances: prompt and answer as long as BLSP's (its one instruction of 24 tokens,
     the 10 that end a prompt, and fewer than 40 words in at most 64 tokens)."""
     draw, random_ = random.Random(0), np.random.default_rng(0)
+    before, behind = (tuple(draw.randrange(words) for _ in range(n)) for n in (24, 10))
     made = []
     for seconds in islice(seconds_of(mix, random.Random(1)), count):
         samples, window = round(seconds * RATE), round(WINDOW_SECONDS * RATE)
@@ -126,10 +127,8 @@ def utterances(mix: str, count: int, encoder: PretrainedConfig, words: int) -> l
         else:
             features, heard = np.zeros(window, np.float32), samples
         features[..., :heard] = random_.standard_normal((*features.shape[:-1], heard), np.float32)
-        texts = (
-            tuple(draw.randrange(words) for _ in range(n)) for n in (24, 10, draw.randint(24, 64))
-        )
-        made.append(Utterance(features, samples, *texts))
+        answer = tuple(draw.randrange(words) for _ in range(draw.randint(24, 64)))
+        made.append(Utterance(features, samples, before, behind, answer))
     return made
 
 

@@ -77,7 +77,8 @@ class Hearken(System):
             bins_per_step=1,
         )
         bins = [numbers for step in plan.iterate(0) for numbers in step]
-        return [collate([self._sample(utterances[i]) for i in numbers]) for numbers in bins]
+        samples = ([self._sample(utterances[i]) for i in numbers] for numbers in bins)
+        return [collate(made, share=True) for made in samples]
 
     def _sample(self, u: Utterance) -> Sample:
         slots = int(self.rule.slots(u.samples))
@@ -89,7 +90,8 @@ class Hearken(System):
         return self.model(batch.to(self.device)).sum() / labels
 
     def rows(self, batch: Batch) -> Rows:
-        return Rows(batch.frames, batch.frames, batch.lengths, batch.num_labels)
+        shared = (batch.num_shared, 0)
+        return Rows(batch.frames, batch.frames, batch.lengths, batch.num_labels, shared=shared)
 
 
 class PaddedAdapter(nn.Module):

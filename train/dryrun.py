@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from rich.table import Table
+from torch import nn
 
 from train import config as cfg
 from train.blueprint import Blueprint
@@ -44,11 +45,14 @@ def counts(parts: Blueprint) -> Counts:
     """What `train.memory` asks for."""
     found = groups(parts)
     table: Any = parts.decoder.get_input_embeddings().weight
+    head = parts.decoder.get_output_embeddings()
+    linear = [m for m in parts.decoder.modules() if isinstance(m, nn.Linear) and m is not head]
     return Counts(
         trained=sum(found["trained"].values()),
         encoder=found["frozen"]["encoder"],
         decoder=found["frozen"]["decoder"],
         table=table.numel(),
+        linear=sum(m.weight.numel() for m in linear if not m.weight.requires_grad),
     )
 
 
@@ -109,7 +113,7 @@ def dry_run(
 ) -> None:
     """Print the resolved config and its plan (see `planned`); optionally write them as JSON."""
     found = planned(config, ranks, gpu_memory)
-    console.print(yaml.safe_dump(config.resolved(), sort_keys=False))
+    console.print(yaml.safe_dump(config.shown(), sort_keys=False))
     _show("parameters", found["parameters"], "count", 1)
     _show(f"memory of each of {ranks} ranks", found["memory"], "MB", 1e6)
     moved = {"received": found["moved_per_step"]}
@@ -129,7 +133,7 @@ def dry_run(
             else f"does not fit {gpu_memory:g} GB: see memory; more ranks, ZeRO-3 or offload"
         )
     if json_path is not None:
-        tree = {"config": config.resolved(), **found}
+        tree = {"config": config.shown(), **found}
         json_path.write_text(json.dumps(tree, indent=1) + "\n")
 
 

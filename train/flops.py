@@ -30,6 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from train.model.adapters import conv, ebranchformer, stack_mlp
 from train.model.encoder import WAVEFORM, SpeechEncoder
 from train.model.lengths import Conv
+from train.model.windows import starts
 
 if TYPE_CHECKING:
     from data.collate import Batch
@@ -62,6 +63,7 @@ class Rows:
     documents   LLM positions of each document
     head        positions whose logits are computed
     read        positions of each document that a teacher reads
+    shared      positions of `documents` that are rows of others, run there; of `read`
     """
 
     encoder: tuple[int, ...]
@@ -69,6 +71,7 @@ class Rows:
     documents: tuple[int, ...]
     head: int
     read: tuple[int, ...] = ()
+    shared: tuple[int, int] = (0, 0)
 
 
 class Flops:
@@ -84,8 +87,10 @@ class Flops:
         self._encoder = _encoder_frame(encoder)
         self._encoder_pair = _pair(encoder.width * (encoder.num_layers - 1), encoder.lora)
         self._adapter = adapter
-        faithful = encoder.kind == "whisper" and not encoder.own_length
-        self._window = encoder.model.config.max_source_positions if faithful else 0
+        self.stored = False
+        """Whether batches bring the encoder's states, and it does not run."""
+        self._window = encoder.window
+        self._whole_windows = encoder.kind == "whisper" and not encoder.own_length
         head = decoder.get_output_embeddings()
         table = decoder.get_input_embeddings()
         self._position = sum_work(
@@ -99,9 +104,9 @@ class Flops:
         """Operations by part: `encoder`, `adapter`, `decoder`, `head`."""
         encoder = self._encoder.times(sum(rows.encoder))
         encoder += self._encoder_pair.times(sum(n * n for n in rows.encoder))
-        decoder = self._position.times(sum(rows.documents))
+        decoder = self._position.times(sum(rows.documents) - rows.shared[0])
         decoder += _pair(self._decoder_width, True).times(self._pairs(rows.documents))
-        read = self._position.times(sum(rows.read)).forward
+        read = self._position.times(sum(rows.read) - rows.shared[1]).forward
         read += _pair(self._decoder_width, False).times(self._pairs(rows.read)).forward
         heads = self._head.times(rows.head)
         if rows.read:
@@ -122,9 +127,19 @@ class Flops:
         if not batch.weight:
             return Rows((), (), (), 0)
         frames = () if batch.silent else batch.frames
-        heard = (self._window,) * len(frames) if self._window else frames
-        read = batch.read.lengths if batch.read is not None else ()
-        return Rows(heard, frames, batch.lengths, batch.num_labels, read)
+        heard = () if self.stored else tuple(n for count in frames for n in self._heard(count))
+        read = batch.read
+        shared = (batch.num_shared, 0 if read is None else read.num_shared)
+        documents = () if read is None else read.lengths
+        return Rows(heard, frames, batch.lengths, batch.num_labels, documents, shared)
+
+    def _heard(self, count: int) -> tuple[int, ...]:
+        """Frames of each of a clip's windows."""
+        window = self._window
+        if window is None:
+            return (count,)
+        begins = starts(count, window)
+        return tuple(window if self._whole_windows else min(window, count - b) for b in begins)
 
     def _pairs(self, lengths: tuple[int, ...]) -> float:
         """Mean over the layers of the pairs of positions that see each other."""

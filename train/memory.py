@@ -22,12 +22,14 @@ _BUCKET, _LIVE = 500_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a run: trained ones, frozen ones, and of these the table of text embeddings."""
+    """Parameters of a run: trained ones, frozen ones, and of these the table of text embeddings
+    and the decoder's linear layers but for its head."""
 
     trained: int
     encoder: int
     decoder: int
     table: int
+    linear: int = 0
 
 
 class Plan:
@@ -51,9 +53,12 @@ class Plan:
         sharded = self.config.model.encoder.sharded and self.stage == 3
         weights_away = self._offloaded("offload_param")
         optimizer_away = self._offloaded("offload_optimizer")
+        decoder = counts.decoder * size
+        if self.config.model.decoder.eight_bit:
+            decoder -= counts.linear * (size - 1)
         return {
             "parameters": {
-                "decoder, frozen": 0 if weights_away else self._share(counts.decoder * size, 3),
+                "decoder, frozen": 0 if weights_away else self._share(decoder, 3),
                 "encoder, frozen": self._share(counts.encoder * size, 3 if sharded else 4),
                 "text embeddings": counts.table * size * whole,
                 "trained": 0 if weights_away else self._share(counts.trained * size, 3),

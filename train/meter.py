@@ -1,8 +1,12 @@
-"""How well a running step uses its devices: `perf/` metrics beside the plain rates."""
+"""How well a running step uses its devices: `perf/` and `system/` metrics beside plain rates."""
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
+
+import psutil
+import torch
 
 from train import config as cfg
 from train.blueprint import Blueprint
@@ -27,8 +31,10 @@ class Meter:
 
     def __init__(self, config: cfg.Config, here: World):
         self.here = here
+        self._process, self._output = psutil.Process(), config.run.output
         parts = Blueprint.of(config.model, config.losses)
         self._flops = Flops(parts.encoder, parts.adapter, parts.decoder)
+        self._flops.stored = bool(config.data.states)
         mine = peak_flops(here.device, DTYPES[config.train.precision])
         # Nothing is said where one of the devices is not known.
         known, total = here.sum(mine is not None, mine or 0.0)
@@ -51,4 +57,18 @@ class Meter:
             "perf/teraflops_per_second": rate / 1e12,
             **({"perf/mfu": rate / self._peak} if self._peak else {}),
             "perf/peak_memory_gb": self._memory / 1e9,
+            **self._system(),
         }
+
+    def _system(self) -> dict[str, float]:
+        """What rank 0's host is doing beside."""
+        found = {
+            "system/cpu_percent": psutil.cpu_percent(),  # since the step before
+            "system/host_memory_percent": psutil.virtual_memory().percent,
+            "system/process_memory_gb": self._process.memory_info().rss / 1e9,
+            "system/output_free_gb": shutil.disk_usage(self._output).free / 1e9,
+        }
+        if self.here.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.here.device)
+            found["system/gpu_memory_gb"] = (total - free) / 1e9
+        return found

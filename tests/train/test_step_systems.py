@@ -93,8 +93,10 @@ def test_what_each_system_pads() -> None:
     assert rows["greedy"]["documents"] == rows["hearken"]["documents"] == rows["greedy"]["head"]
     order = [rows[n]["encoder"] for n in ("hearken", "grouped", "greedy", "padded_30s")]
     assert order == sorted(order)
-    order = [rows[n]["documents"] for n in ("hearken", "grouped", "padded_30s")]
-    assert order == sorted(order)
+    # Which of the two pads more is chance here: groups are by the audio, answers have any length.
+    assert rows["hearken"]["documents"] < min(
+        rows[n]["documents"] for n in ("grouped", "padded_30s")
+    )
 
 
 @pytest.mark.parametrize(("mix", "mean"), [("librispeech", 12.0), ("blsp", 5.0)])
