@@ -17,14 +17,14 @@ from examples.micro.claims import figures, pieces, prepare, table
 from examples.micro.claims.figures import Figure, Outcome
 from examples.micro.claims.measure import with_gap
 from examples.micro.claims.runner import Job, JobFailed, Runner
-from examples.micro.claims.systems import CLOSE, SYSTEMS, Seeds, System
+from examples.micro.claims.systems import SYSTEMS, Seeds, System
 from examples.micro.claims.table import CLAIMS, Comparison, Finding, Side
 from tests import tiny
 from train import config as cfg
 
 # What may differ between two systems: what is learnt of what, by which loss, for how long.
 _MAY_DIFFER = {"run", "behave", "losses", "evaluate"}
-_OF_DATA = {"shards", "targets", "words", "interleave"}
+_OF_DATA = {"shards", "targets", "states", "words", "interleave"}
 _OF_TRAIN = {"steps", "init", "checkpoint_every", "lr"}
 
 
@@ -204,9 +204,13 @@ def test_the_bounds_lie_where_figures_look_for_them() -> None:
 
 
 def test_more_seeds_are_run_of_close_systems_alone() -> None:
-    seeds = Seeds((1, 2), (7,))
+    seeds = Seeds((1, 2), {"cont_few": (7,), "multi_few": (7, 8)})
     assert seeds.of("cont_few") == seeds.of("multi_few", "cont_few") == (1, 2, 7)
+    assert seeds.of("multi_few") == (1, 2, 7, 8)
     assert seeds.of("cont") == seeds.of("multi_few", "mixed_few") == (1, 2)
     names = {job.name for job in pieces.jobs(SYSTEMS, seeds, 1)}
-    assert {name for name in names if name.endswith("-7")} == {f"{name}-7" for name in CLOSE}
+    assert {name for name in names if name.endswith("-7")} == {
+        "cont_few-7", "multi_few-7", "measured-7",
+    }  # fmt: skip
+    assert {name for name in names if name.endswith("-8")} == {"multi_few-8", "measured-8"}
     assert {f"{system.name}-{seed}" for system in SYSTEMS for seed in (1, 2)} <= names

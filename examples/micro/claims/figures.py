@@ -203,7 +203,7 @@ def _changed(o: Outcome) -> float:
     found = 0
     for system in SYSTEMS:
         facts = _read(Path(run_of(system.name, o.seed)) / "frozen.json")
-        assert facts["tensors"] > 50, "the encoder's and the LLM's"
+        assert facts["tensors"] > 30, "the LLM's; the encoder is not there, its states are stored"
         assert (facts["before"] == facts["after"]) == (not facts["changed"])
         found += len(facts["changed"])
     return float(found)

@@ -41,6 +41,7 @@ def held_out(found: ckpt.Checkpoint) -> cfg.Config:
             "shards": (HELD_OUT,),
             "targets": (f"{targets_of('heldout')}/targets-*.tar",),
             "words": (),
+            "states": (),
             "interleave": None,
             "workers": 0,
         }
@@ -75,7 +76,7 @@ def label_scores(model: SpeechLLM, batch: Batch) -> torch.Tensor:
     """[labels] log probability of each label."""
     slots_RH = model.listen(batch.features, batch.samples, batch.frames, batch.languages)
     inputs_TH = model.embeddings(slots_RH, batch.source)
-    extras = set_packed(model.decoder, Packing(batch.lengths, batch.cu_seqlens))
+    extras = set_packed(model.decoder, Packing(batch.lengths, batch.cu_seqlens, batch.shared))
     hidden_TH = model.decoder.get_decoder()(
         inputs_embeds=inputs_TH[None],
         position_ids=batch.positions[None],

@@ -17,6 +17,7 @@ from examples.micro.claims.systems import (
     HELD_OUT,
     MADE,
     RUNS,
+    STATES,
     TARGETS,
     WORLD,
     Seeds,
@@ -40,6 +41,7 @@ def overrides(system: System, seed: int) -> dict[str, str]:
         "run.seed": str(seed),
         "data.shards": f"['{system.shards}']",
         "data.targets": f"['{targets_of(system.targets)}/targets-*.tar']",
+        "data.states": f"['{STATES[system.shards]}/states-*.tar']",
         "train.steps": str(system.steps),
         "train.checkpoint_every": str(system.steps),
     }
@@ -54,7 +56,7 @@ def evaluation(inputs: Sequence[str]) -> str:
     """The `evaluate` section: greedy, all tasks, held-out sentences by held-out voices."""
     return (
         f"{{shards: ['{HELD_OUT}'], tasks: {TASKS}, inputs: [{', '.join(inputs)}], "
-        "batch_size: 256, max_new_tokens: 48, states: 60, resamples: 200, samples: 3}"
+        "batch_size: 256, max_new_tokens: 48, states: 60, resamples: 200, samples: 3, pictures: 0}"
     )
 
 
@@ -63,6 +65,7 @@ def jobs(systems: Sequence[System], seeds: Seeds, ranks: int) -> list[Job]:
     made = [
         Job("subsets", ((PYTHON, "-m", "examples.micro.claims.prepare", "subsets"),), TASKS),
         *(_targets(name) for name in dict.fromkeys(["heldout", *(s.targets for s in systems)])),
+        *(_states(shards) for shards in dict.fromkeys(s.shards for s in systems)),
         Job(
             "words",
             ((PYTHON, "-m", "data.align", FEW, f"{MADE}/words", "--model",
@@ -77,8 +80,10 @@ def jobs(systems: Sequence[System], seeds: Seeds, ranks: int) -> list[Job]:
         found += [_run(system, seed, ranks) for system in systems]
         found += [_bounds(systems[0], seed)] if seed == seeds.every[0] else []
         found.append(_measured(systems, seed))
-    for seed in seeds.close:
-        found += [_run(system, seed, ranks) for system in systems if seed in seeds.of(system.name)]
+    for seed in seeds.extra:
+        having = [system for system in systems if seed in seeds.of(system.name)]
+        found += [_run(system, seed, ranks) for system in having]
+        found += [_measured(having, seed)] if having else []
     return found
 
 
@@ -88,6 +93,13 @@ def _measured(systems: Sequence[System], seed: int) -> Job:
     command = (PYTHON, "-m", "examples.micro.claims.measure", str(seed), *names)
     after = ("heldout-targets", *(f"{name}-{seed}" for name in names))
     return Job(f"measured-{seed}", (command,), MEASURED / f"{seed}.json", after)
+
+
+def _states(shards: str) -> Job:
+    folder = STATES[shards]
+    settings = {"data.shards": f"['{shards}']", "model.encoder": COMMON["model.encoder"]}
+    command = (PYTHON, "train/encode.py", "configs/micro/blsp.yaml", folder, *_set(settings))
+    return Job(f"{Path(folder).name}-states", (command,), Path(folder), ("subsets",))
 
 
 def _targets(name: str) -> Job:
@@ -121,7 +133,8 @@ def _run(system: System, seed: int, ranks: int) -> Job:
         PYTHON, "train/evaluate.py", config_of(system), *settings, "--json",
         f"{output}/evaluation.json", "--answers", f"{output}/answers.json",
     )  # fmt: skip
-    after = ["subsets", f"{system.targets}-targets"]
+    states = Path(STATES[system.shards]).name
+    after = ["subsets", f"{system.targets}-targets", f"{states}-states"]
     after += ["words"] if "data.words" in dict(system.settings) else []
     after += [f"{system.init}-{seed}"] if system.init else []
     commands = (train, evaluate) if system.inputs else (train,)

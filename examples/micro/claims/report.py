@@ -21,11 +21,11 @@ from train.tracking import Tracker, run_tags
 IMAGES = "img"
 
 
-def write(docs: Path, seeds: s.Seeds, minutes: float | None) -> None:
+def write(docs: Path, seeds: s.Seeds, minutes: float) -> None:
     """Everything under `docs`, and a run in the tracker.
 
     Args:
-        minutes: that all of it took in one piece, if it was.
+        minutes: of all jobs, one after another.
     """
     found = [
         (claim, [Finding(c, seeds.of(c.left.system, c.right.system)) for c in claim.comparisons])
@@ -70,8 +70,8 @@ def _side(side: Side, values: list[float]) -> dict[str, object]:
     return named | {"value": value, "low": low, "high": high, "per_seed": values}
 
 
-def _page(found: list[tuple[Claim, list[Finding]]], seeds: s.Seeds, minutes: float | None) -> str:
-    took = f"It took {minutes:.0f} minutes in one piece. " if minutes else ""
+def _page(found: list[tuple[Claim, list[Finding]]], seeds: s.Seeds, minutes: float) -> str:
+    took = f"Its jobs take {minutes:.0f} minutes in all, two at a time half of that. "
     parts = [
         "# The papers' claims in the micro world",
         "",
@@ -123,9 +123,9 @@ def _page(found: list[tuple[Claim, list[Finding]]], seeds: s.Seeds, minutes: flo
 
 
 def _numbers(seeds: s.Seeds) -> str:
-    every = f"{len(seeds.every)} seeds of every system"
-    many = len(seeds.of(s.CLOSE[0]))
-    return f"{every}, {many} of `{'` and `'.join(s.CLOSE)}`" if seeds.close else every
+    parts = [f"{len(seeds.every)} seeds of every system"]
+    named = [f"{len(seeds.of(name))} of `{name}`" for name in seeds.more]
+    return ", ".join(parts + named)
 
 
 def _line(head: list[str], finding: Finding) -> str:

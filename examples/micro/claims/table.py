@@ -157,7 +157,8 @@ CLAIMS = (
         must=True,
     ),
     Claim(
-        "F", "must hold", "no frozen parameter changes: the same digest before and after training",
+        "F", "must hold", "no frozen parameter changes: the same digest before and after training "
+        "(the LLM's; the encoder is not in these runs, its states are stored)",
         (Comparison(Side("all systems", f.CHANGED), "=", Side("text", f.NOTHING)),),
         must=True,
     ),
