@@ -117,7 +117,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def encoder(folder: Path, kind: str = "wav2vec2", seed: int = 0) -> Path:
+def encoder(folder: Path, kind: str = "wav2vec2", seed: int = 0, window: int = 2) -> Path:
     """A speech encoder folder: of `ENCODERS`, with a CTC head, or of the Whisper kind."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,11 +125,11 @@ def encoder(folder: Path, kind: str = "wav2vec2", seed: int = 0) -> Path:
         config = WhisperConfig(
             vocab_size=64, d_model=24, encoder_layers=2, decoder_layers=1,
             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32,
-            decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=100, pad_token_id=0,
+            decoder_ffn_dim=32, num_mel_bins=16, max_source_positions=50 * window, pad_token_id=0,
             bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         )  # fmt: skip
         WhisperForConditionalGeneration(config).save_pretrained(folder)
-        WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=16, chunk_length=window).save_pretrained(folder)
         return folder
     letters = {c: i for i, c in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])}
     (folder / "vocab.json").write_text(json.dumps(letters))
@@ -195,7 +195,7 @@ def config(root: Path, **changes: Any) -> dict[str, Any]:
     """A run over what the functions above made under `root`; `changes` as `section__key=value`."""
     tree: dict[str, Any] = {
         "run": {
-            "name": "tiny", "output": str(root / "run"), "experiment": "tiny",
+            "name": "tiny", "output": str(root / "run"), "experiment": "tiny", "pictures": False,
             "tracking_uri": f"sqlite:///{root}/mlflow.db",
         },
         "model": {
@@ -216,6 +216,7 @@ def config(root: Path, **changes: Any) -> dict[str, Any]:
         },
         "train": {
             "steps": 6, "lr": 0.01, "precision": "fp32", "checkpoint_every": 2,
+            "communication_every": 5,
             "engine": "configs/ds/zero3.json",
         },
     }  # fmt: skip

@@ -42,7 +42,7 @@ from train.progress import Bar, bar, console
 from train.teachers.hf import Generator
 from train.teachers.journal import Answered, Journal, differences
 from train.teachers.part import Part, Question, summary
-from train.tracking import Tracker, run_tags
+from train.tracking import TARGETS, Tracker, run_tags
 
 
 class Teacher(Protocol):
@@ -271,7 +271,7 @@ def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> dict
         config.run.experiment,
         f"{config.run.name}-targets",
         params={k: str(v) for k, v in facts.items()},
-        tags=run_tags("behave"),
+        tags=run_tags("behave") | {TARGETS: str(facts["hash"])},
     )
     # MLflow takes no other characters in a metric's name.
     named = {re.sub(r"[^\w./-]", "_", f"data/{name}"): float(n) for name, n in whole.items()}
@@ -286,7 +286,7 @@ def report(config: cfg.Config, facts: dict[str, Any], paths: list[Path]) -> dict
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__ or "").parse_args(argv)
     config = cfg.load(args.config, args.set)
-    with world() as here:
+    with world(config.train.hang_seconds) as here:
         run(config, here)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -32,6 +31,8 @@ from data.augment import Augment
 from data.filters import Filters
 from data.interleave import Interleave
 from data.languages import LanguageLabels
+from data.parsing import brief, parse_yaml
+from data.secrets import redacted, redacted_tree
 
 
 class ConfigError(ValueError):
@@ -52,6 +53,8 @@ class Run(Section):
     ledger: bool = False
     """Keep `ledger.jsonl` in `output`: the keys of every step that the newest checkpoint has
     trained, as `data.walk --ledger --state` prints them. An audit; costs a gather per step."""
+    pictures: bool = True
+    """Draw the data for the tracker when the run begins: lengths, and how the plan packs them."""
 
 
 class LoRA(Section):
@@ -74,6 +77,9 @@ class Encoder(Section):
     own_length: bool = False
     """Whisper: encode each clip at its own length instead of the window of 30 s that it was trained
     on: a fraction of the work at some loss of fidelity, which `docs/log.md` has measured."""
+    window_seconds: float | None = Field(None, gt=0)
+    """Clips that are longer are encoded in overlapping windows (see `train.model.windows`). None:
+    Whisper in its own of 30 s, the others as a whole."""
     layers: Literal["last", "weighted"] = "last"
     """What the adapter hears: the last layer, or a trained weighted sum of all of them."""
     languages: dict[str, str] = {}
@@ -138,8 +144,8 @@ class EBranchformerAdapter(AnyAdapter):
         if not isinstance(value, str):
             return value
         try:
-            return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as e:
+            return parse_yaml(Path(value).read_bytes())
+        except (OSError, ValueError) as e:
             raise ValueError(f"no YAML list of languages: {e}") from None
 
     @model_validator(mode="after")
@@ -178,6 +184,9 @@ class Decoder(Section):
     train: Literal["none", "full"] = "none"
     """`full` trains every weight of the LLM beside the adapter (BLSP's preparation stage)."""
     lora: LoRA | None = None
+    eight_bit: bool = False
+    """The frozen LLM's linear layers in 8 bit, all but the head (LLM.int8, as BLOOMZMMS has it); by
+    bitsandbytes, and under ZeRO 0 to 2: what is quantised cannot be partitioned."""
     attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
     """Of packed batches, see `train.model.kernels`: `auto` takes the fastest that can."""
 
@@ -185,6 +194,8 @@ class Decoder(Section):
     def _one_way(self) -> Decoder:
         if self.lora and self.train == "full":
             raise ValueError("lora and train: full exclude each other; remove one")
+        if self.eight_bit and self.train == "full":
+            raise ValueError("weights in 8 bit cannot be trained; remove eight_bit, or take lora")
         return self
 
 
@@ -210,6 +221,8 @@ class Data(Section):
     seconds_per_bin: float = Field(600.0, gt=0)
     bins_per_step: int = Field(8, ge=1)
     """Packed micro-batches in one global step, over all ranks."""
+    share_prompts: bool = False
+    """Whether what several documents of a bin begin with is run once (see `data.sharing`)."""
     window_shards: int = Field(16, ge=1)
     max_seconds: float = Field(30.0, gt=0)
     max_skipped: float = Field(0.01, ge=0, le=1)
@@ -226,6 +239,16 @@ class Data(Section):
     """Word shards of the same speech, made by `data.align`."""
     interleave: Interleave | None = None
     """Which utterances are partly read, partly heard (see `data.interleave`); needs `words`."""
+    states: tuple[str, ...] = ()
+    """Shards of what the frozen encoder makes of this speech, by `train/encode.py`: it is then
+    neither loaded nor run."""
+
+    @model_validator(mode="after")
+    def _stored(self) -> Data:
+        if self.states and self.augment:
+            raise ValueError("augment changes what the encoder hears, but states are stored; "
+                             "remove one of the two")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _aligned(self) -> Data:
@@ -315,9 +338,15 @@ class Train(Section):
     verify_frozen: bool = False
     """Digest every frozen weight before and after the run, and fail where one has changed; reads
     all of the encoder and the LLM twice."""
+    max_nonfinite: int = Field(0, ge=0)
+    """How many steps of the run may be skipped because their loss or gradient is not finite; the
+    next one stops it. None is ever trained on; see `train/replay.py`."""
     hang_seconds: float = Field(300.0, gt=0)
     """A rank that has not finished a step, or its wait for data, in this time ends the job,
-    saying where each rank is. Below the collectives' own timeout of 10 minutes."""
+    saying where each rank is; so does one that has not come to the start. Below the collectives'
+    own timeout of 10 minutes."""
+    communication_every: int = Field(100, ge=0)
+    """Rank 0 profiles every so manyth step for `perf/communication_share`; 0 never does."""
 
 
 class Evaluate(Section):
@@ -349,6 +378,8 @@ class Evaluate(Section):
     """Rows that the LLM runs at once: prompts, beams or options."""
     samples: int = Field(12, ge=0)
     """Clips that are logged to MLflow to listen to."""
+    pictures: int = Field(3, ge=0)
+    """Of these, how many are drawn: slots against words, speech against text inside the LLM."""
 
 
 class ResponseKL(Section):
@@ -425,6 +456,8 @@ class Validation(Section):
     targets: tuple[str, ...]
     words: tuple[str, ...] = ()
     """Only where `losses.align` is on."""
+    states: tuple[str, ...] = ()
+    """Where `data.states` are."""
     patience: int | None = Field(None, ge=1)
     """End the run after so many validations without a new best."""
     keep_best: int = Field(1, ge=0)
@@ -447,6 +480,11 @@ class Config(Section):
         """Plain JSON-able dict of every setting, defaults included."""
         return self.model_dump(mode="json")
 
+    def shown(self) -> dict[str, Any]:
+        """`resolved` without secrets, for whatever others may read."""
+        tree: dict[str, Any] = redacted_tree(self.resolved())
+        return tree
+
     def flat(self) -> dict[str, str]:
         """`section.key` → text, as logged to the tracker.
 
@@ -454,7 +492,7 @@ class Config(Section):
         """
 
         def walk(name: str, node: Any, shown: Any) -> Iterator[tuple[str, str]]:
-            keys = _types(type(node))
+            keys = types(type(node))
             for key in keys:
                 yield from walk(f"{name}.{key}" if name else key, getattr(node, key), shown[key])
             if not keys:
@@ -539,13 +577,20 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(e).split())}") from None
+    except ValueError as e:
+        raise ConfigError(f"config file {path} is {e}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} must be a mapping of sections, found {tree!r}")
+        raise ConfigError(f"config file {path} must be a mapping of sections, found {brief(tree)}")
+    return tree
+
+
+def changed(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The same settings with `a.b=value` overrides (values are YAML); changes `tree`."""
+    for override in overrides:
+        _set(tree, override)
     return tree
 
 
@@ -558,7 +603,7 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
     if config.prompt.count("{instruction}") != 1 or config.prompt.count("{input}") != 1:
         raise ConfigError(
             f"{origin}: prompt must hold {{instruction}} and {{input}} once each, "
-            f"found {config.prompt!r}"
+            f"found {brief(config.prompt)}"
         )
     # The plan bounds the rows of what is heard, not of what these look up beside it.
     more = config.losses.kl or config.losses.ctc or config.losses.align
@@ -577,6 +622,17 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
             f"{origin}: losses.kl and .ctc hold speech against a frozen LLM, but "
             "model.decoder.train: full trains it; remove one"
         )
+    encoder, held_out = config.model.encoder, config.validation
+    if config.data.states and (encoder.lora is not None or encoder.layers != "last"):
+        raise ConfigError(
+            f"{origin}: data.states are a frozen encoder's last layer, but model.encoder has lora "
+            "or weighted layers; remove one"
+        )
+    if held_out is not None and bool(config.data.states) != bool(held_out.states):
+        raise ConfigError(
+            f"{origin}: data.states and validation.states go together: with stored states no "
+            "encoder is loaded; make them of both by train/encode.py"
+        )
     return config
 
 
@@ -590,7 +646,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {name}: {parent!r} is a value, not a section")
         tree = child
-    tree[last] = yaml.safe_load(text)
+    try:
+        tree[last] = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {name}: the value is {error}") from None
 
 
 def _explain(fault: Any, origin: str) -> str:
@@ -601,7 +660,7 @@ def _explain(fault: Any, origin: str) -> str:
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"{origin}: unknown key {where!r}; {hint}"
-    found = "" if fault["type"] == "missing" else f", found {fault['input']!r}"
+    found = "" if fault["type"] == "missing" else f", found {redacted(brief(fault['input']))}"
     return f"{origin}: {where}: {fault['msg'].lower()}{found}"
 
 
@@ -610,27 +669,27 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     for part in location:
         if part in (choices := _choices(section)):
             section = choices[part]
-        elif isinstance(part, str) and part in _types(section):
-            section = _types(section)[part]
+        elif isinstance(part, str) and part in types(section):
+            section = types(section)[part]
         # else an item of a list, or the name of a choice that `_choices` took already
-        options = [o for o in (section, *_options(section)) if _types(o)]
-        if len(options) == 1:
-            section = options[0]
-    return list(_types(section))
+        below = [o for o in (section, *options(section)) if types(o)]
+        if len(below) == 1:
+            section = below[0]
+    return list(types(section))
 
 
-def _options(annotation: Any) -> list[Any]:
+def options(annotation: Any) -> list[Any]:
     """What a union, or a list of them, may hold; without the tags."""
-    return [leaf for arg in get_args(annotation) for leaf in (arg, *_options(arg))]
+    return [leaf for arg in get_args(annotation) for leaf in (arg, *options(arg))]
 
 
 def _choices(annotation: Any) -> dict[str, Any]:
     """Name -> section of a union told apart by `kind`."""
-    sections = [o for o in _options(annotation) if _types(o).get("kind")]
-    return {kind: o for o in sections for kind in get_args(_types(o)["kind"])}
+    sections = [o for o in options(annotation) if types(o).get("kind")]
+    return {kind: o for o in sections for kind in get_args(types(o)["kind"])}
 
 
-def _types(section: Any) -> dict[str, Any]:
+def types(section: Any) -> dict[str, Any]:
     """Key → type of a section; empty for what is none."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         return {name: info.annotation for name, info in section.model_fields.items()}

@@ -72,6 +72,9 @@ def test_the_operations_of_a_step_are_those_of_its_batches(
     assert done == pytest.approx(sum_work(works).total, rel=1e-6)
     assert 0 < first("mfu") < 1
     assert 0.1 < first("peak_memory_gb") < 10
+    shares = workspace.curve(uninterrupted, "perf/communication_share")
+    assert [step for step, _ in shares] == [4, 9]
+    assert all(0 < share < 1 for _, share in shares)
 
 
 def test_training_lowers_the_loss(workspace: Workspace, uninterrupted: str) -> None:
@@ -200,6 +203,7 @@ def test_whisper_and_bloom_train_too(workspace: Workspace) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_exchanged_text_rows_are_the_whole_table(workspace: Workspace, uninterrupted: str) -> None:
     config = workspace.config("exchange")
     launch("train/main.py", config, "--set", "model.decoder.table=exchange", ranks=2)
@@ -219,6 +223,7 @@ def profile_of(workspace: Workspace, ops: str) -> list[dict[str, Any]]:
         return [e for e in json.load(trace)["traceEvents"] if e.get("cat") == "cpu_op"]
 
 
+@pytest.mark.slow
 def test_a_step_runs_the_fused_ops_and_none_of_the_padded_path(
     workspace: Workspace, uninterrupted: str
 ) -> None:
