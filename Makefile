@@ -47,7 +47,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --durations=10
 
 test-slow: $(VENV)/.slow
-	$(BIN)/python -m pytest -m 'slow and not gpu' --durations=10 --timeout=2400 -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m 'slow and not gpu' --durations=10 --timeout=2400 -n 2 --dist loadfile
 
 # Beyond the rest: the page to talk to a model, who drives a browser to it, and LLMs in 8 bit.
 $(VENV)/.slow: $(READY)

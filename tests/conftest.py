@@ -19,15 +19,6 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file's tests share what they made, and no two that use the
-    launcher's own port, as a user does, run at once."""
-    for item in items:
-        alone = item.path.name in ("test_demo.py", "test_tutorial.py")
-        item.add_marker(pytest.mark.xdist_group("port" if alone else item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Bit-exact comparisons hold for one number of threads."""

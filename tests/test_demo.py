@@ -1,11 +1,17 @@
-"""The micro pipeline from nothing, as `make demo` runs it, held to its bars."""
+"""The micro pipeline from nothing, as `make demo` runs it, held to its bars; then the tutorial's
+commands, as they stand in the page.
+
+In one file, so that they run one after the other: both make the micro world, and both take the
+launcher's own port."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +24,7 @@ from tests.launch import environment, python
 pytestmark = pytest.mark.slow
 
 QUESTIONS = ("who", "what", "where", "when")
+_COMMANDS = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +105,33 @@ def test_recordings_made_after_training_are_heard(demo: float, root: Path) -> No
         wrong = [wrong_words(*pair) for pair in zip(expected, heard, strict=True)]
         print(instruction, wrong)
         assert sum(count <= 1 for count in wrong) >= 9
+
+
+def script(page: Path) -> str:
+    """All of a page's `sh` blocks, one after another: what one shell would be given."""
+    return "set -euxo pipefail\n" + "".join(_COMMANDS.findall(page.read_text()))
+
+
+def test_the_tutorial_runs_as_it_stands(root: Path) -> None:
+    """From the micro world's corpus (made above, else here) to an answer."""
+    for folder in ("build/tutorial", "runs/tutorial"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    # A page's `python` is that of the environment that the tests run in, wherever it lies.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script(root / "docs/tutorial.md")], cwd=root,
+        env=environment() | {"PATH": path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
+    rows = json.loads((root / "runs/tutorial/evaluation.json").read_text())
+    assert {row["input"] for row in rows} == {"speech", "text", "cascade", "shuffled", "none"}
+    assert all(row["count"] for row in rows)
+    # The endpoint's answer is the command line's, which came last before the export.
+    (served,) = re.findall(r"^served: (.*)$", done.stdout, re.MULTILINE)
+    assert f"\n{served}\n+ python train/export.py" in done.stdout
+    # What the page says of its pictures of samples.
+    assert re.search(r"<slots 0-\d+> .*\[.+\]", done.stdout)
+    report = (root / "runs/tutorial/report.html").read_text()
+    assert "tutorial-evaluation" in report
