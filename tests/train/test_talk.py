@@ -62,7 +62,9 @@ def address(model: Path) -> Iterator[str]:
     """The page, served by the command that users have; ended as they end it."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "train/listen.py", str(model), "--ui", "--port", str(port)],
+        # What runs in a shell's background is deaf to Ctrl-C, and so would be what it starts.
+        ["env", "--default-signal=INT", sys.executable, "train/listen.py", str(model), "--ui",
+         "--port", str(port)],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
