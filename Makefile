@@ -13,7 +13,7 @@ help:
 	@echo "make demo       micro world -> shards -> stage 1 -> stage 2 -> evaluation (about 13 minutes, set-up included)"
 	@echo "make claims     the papers' claims put to the micro world -> docs/claims.md (70 minutes)"
 	@echo "make test       the tests, on tiny random models (minutes)"
-	@echo "make test-slow  what takes longer: the demo's pipeline, checked"
+	@echo "make test-slow  what takes longer: demo and tutorial, two hosts, every recipe (an hour)"
 	@echo "make chaos      a run on two hosts under every fault (minutes, root; SEED=N for the same again)"
 	@echo "make fuzz       strangers' files, bent: INPUTS (100000) for each reader (an hour)"
 	@echo "make docs       the documentation as a site -> build/site"
@@ -47,7 +47,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --durations=10
 
 test-slow: $(VENV)/.slow
-	$(BIN)/python -m pytest -m 'slow and not gpu' --durations=10 --timeout=2400 -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'slow and not gpu' --durations=10 --timeout=3600 -n 2 --dist loadfile
 
 # Beyond the rest: the page to talk to a model, who drives a browser to it, and LLMs in 8 bit.
 $(VENV)/.slow: $(READY)
