@@ -29,7 +29,7 @@ from tests.chaos.verdict import differences
 _FIRST = 30
 """Steps before the first fault: a checkpoint is there."""
 _SPACE = 12
-"""Steps between two faults, at least."""
+"""Steps between two faults, at least, and from the last one to the end."""
 
 
 def schedule(
@@ -38,7 +38,7 @@ def schedule(
     """(step, fault), all classes as often as can be, in any order."""
     kinds = [FAULTS[n % len(FAULTS)] for n in range(count)]
     dice.shuffle(kinds)
-    least = _FIRST + _SPACE * count
+    least = _FIRST + _SPACE * (count + 1)
     if (free := steps - least) < 0:
         raise ValueError(f"{count} faults want {least} steps or more, not {steps}")
     gaps = sorted(dice.randint(0, free) for _ in range(count))
@@ -118,11 +118,9 @@ def _recover(run: Run, goal: int) -> None:
     """Wait for a step that the fault kept from being done, starting the run where it has ended."""
 
     def there() -> bool:
-        if run.step() > goal:
-            return True
         if run.status() not in (None, 0):
             run.start()
-        return False
+        return run.step() > goal or run.status() == 0  # done, if it was hit in its last steps
 
     until(there, run, f"step {goal} after a fault")
 
