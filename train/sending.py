@@ -8,7 +8,6 @@ so that a request whose answer was lost is not repeated.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -43,29 +42,38 @@ class Sender:
         self._sent: int | None = None  # unknown until the tracker has been asked
         self._start = 0  # where in the journal the first step that was not sent may be
         self._status: str | None = None
-        self._closing = threading.Event()
+        self._closing, self._given_up = threading.Event(), threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
 
     def close(self, status: str, seconds: float) -> bool:
-        """Send what is left and end the run, within `seconds`; returns whether that was done."""
+        """Send what is left and end the run, within `seconds`; returns whether that was done.
+
+        If not, the thread asks nothing more of the receiver: the journal's next sender owns the
+        run from here on, and may be of this process.
+        """
         self._status = status
         self._closing.set()
         self._thread.join(seconds)
-        return not self._thread.is_alive()
+        self._given_up.set()
+        return self._ended
 
     def _run(self) -> None:
         away, pause = False, _SECONDS
-        while True:
+        while not self._given_up.is_set():
             self._closing.wait(pause)
             closing = self._closing.is_set()
             try:
                 self._deliver()
+                if self._given_up.is_set():
+                    return
                 if away:
                     self._say("the tracker answers again and has all metrics")
                 away, pause = False, _SECONDS
                 if closing:
                     self._receiver.end(self._status or "FINISHED")
+                    self._ended = True
                     return
             except Exception as error:  # MLflow's many, and those of its libraries
                 self._sent, self._start = None, 0
@@ -78,12 +86,14 @@ class Sender:
                     )
                 away = True
                 if closing:
-                    time.sleep(0.5)
+                    self._given_up.wait(0.5)
 
     def _deliver(self) -> None:
         if self._sent is None:
             self._sent = self._receiver.last_step()
         for part in parts(e for e in self._journal.entries(self._start) if e.step > self._sent):
+            if self._given_up.is_set():
+                return
             self._receiver.receive(part)
             self._sent, self._start = part[-1].step, part[-1].end
 
