@@ -40,7 +40,7 @@ def server(folder):
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.01, 0.01))
-    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "STALL_SECONDS", 1.0)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def test_the_rank_that_hangs_is_named(capfd: pytest.CaptureFixture[str]) -> None
         codes.append(code)
         ended.set()
 
-    waiting = Watchdog(store, 0, 3, 0.3, end)
+    waiting = Watchdog(store, 0, 3, 2.0, end)
     hanging = Watchdog(store, 1, 3, 60, end)
     hanging.at("waiting for the data of step 7")
     waiting.at("step 7")
@@ -35,10 +35,10 @@ def test_the_rank_that_hangs_is_named(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_a_rank_that_moves_is_left_alone() -> None:
     codes: list[int] = []
-    watchdog = Watchdog(HashStore(), 0, 1, 0.5, codes.append)
-    for step in range(10):
+    watchdog = Watchdog(HashStore(), 0, 1, 3.0, codes.append)
+    for step in range(8):
         watchdog.at(f"step {step}")
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.5)
     watchdog.close()
     assert codes == []
 
