@@ -62,40 +62,39 @@ def test_all_stages_across_two_hosts(
     hosts: tuple[Host, Host],
     hostfile: Path,
     one_each: Path,
+    server: str,
 ) -> None:
-    config = workspace.config("hosts", behave__output=str(workspace.root / "targets-of-two"))
-    across(hosts, one_each, "train/behave.py", config)
-    written = sorted((workspace.root / "targets-of-two").glob("*.tar"))
-    assert [p.read_bytes() for p in written] == [
+    """With a copy of the weights in each node, and on a tracking server that both reach."""
+    policy = json.loads(Path("configs/ds/zero3_nodes.json").read_text())
+    policy["zero_optimization"]["zero_hpz_partition_size"] = 2  # the ranks of a node, here
+    engine = workspace.root / "nodes.json"
+    engine.write_text(json.dumps(policy))
+    uri, database = server.split()
+    targets = workspace.root / "targets-of-two"
+    config = workspace.config("hosts", train__engine=str(engine), behave__output=str(targets))
+    on_server = ("--set", f"run.tracking_uri={uri}")
+
+    across(hosts, one_each, "train/behave.py", config, *on_server)
+    assert [p.read_bytes() for p in sorted(targets.glob("*.tar"))] == [
         p.read_bytes() for p in sorted((workspace.root / "targets").glob("*.tar"))
     ]
-    said = across(hosts, hostfile, "train/main.py", config)
+
+    said = across(hosts, hostfile, "train/main.py", config, *on_server)
     assert "on 4 ranks" in said
     assert {f"node{n}" for n in (1, 2)} <= set(re.findall(r"^(node\d):", said, re.MULTILINE))
-    same_curve(workspace.curve("hosts"), workspace.curve(uninterrupted))
+    client = mlflow.MlflowClient(database)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
+    training = "tags.`hearken.stage` = 'train'"
+    (run,) = client.search_runs([experiment.experiment_id], training)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    same_curve(sorted((m.step, m.value) for m in history), workspace.curve(uninterrupted))
+
     rows = workspace.root / "hosts.json"
     across(
-        hosts, one_each, "train/evaluate.py", config, "--json", rows,
+        hosts, one_each, "train/evaluate.py", config, *on_server, "--json", rows,
         "--set", f"evaluate={{shards: ['{workspace.root}/shards/train-*.tar'], tasks: {tasks}}}",
     )  # fmt: skip
     assert '"speech"' in rows.read_text()
-
-
-def test_a_copy_of_the_weights_in_each_node_and_a_server_that_both_reach(
-    workspace: Workspace, uninterrupted: str, hosts: tuple[Host, Host], hostfile: Path, server: str
-) -> None:
-    policy = json.loads(Path("configs/ds/zero3_nodes.json").read_text())
-    policy["zero_optimization"]["zero_hpz_partition_size"] = 2  # the ranks of a node, here
-    path = workspace.root / "nodes.json"
-    path.write_text(json.dumps(policy))
-    uri, database = server.split()
-    config = workspace.config("served", train__engine=str(path))
-    across(hosts, hostfile, "train/main.py", config, "--set", f"run.tracking_uri={uri}")
-    client = mlflow.MlflowClient(database)
-    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
-    (run,) = client.search_runs([experiment.experiment_id])
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    same_curve(sorted((m.step, m.value) for m in history), workspace.curve(uninterrupted))
 
 
 def started(hosts: tuple[Host, Host], log: Path, commands: list[list[str]], **extra: str) -> None:
