@@ -17,7 +17,7 @@ from examples.micro.claims import figures, pieces, prepare, table
 from examples.micro.claims.figures import Figure, Outcome
 from examples.micro.claims.measure import with_gap
 from examples.micro.claims.runner import Job, JobFailed, Runner
-from examples.micro.claims.systems import SYSTEMS, Seeds, System
+from examples.micro.claims.systems import FULL, SYSTEMS, Seeds, System
 from examples.micro.claims.table import CLAIMS, Comparison, Finding, Side
 from tests import tiny
 from train import config as cfg
@@ -201,6 +201,13 @@ def test_the_bounds_lie_where_figures_look_for_them() -> None:
     folder = Outcome("bounds", 1, "text").folder
     assert bounds.makes == folder
     assert f"{folder}/evaluation.json" in bounds.commands[0]
+
+
+def test_the_states_of_all_utterances_serve_a_part_of_them() -> None:
+    jobs = {job.name: job for job in pieces.jobs(SYSTEMS, Seeds(), 1)}
+    assert {name for name in jobs if name.endswith("-states")} == {"full-states", "few-states"}
+    assert f"data.shards=['{FULL}']" in jobs["full-states"].commands[0]
+    assert "full-states" in jobs["cont_en-1"].after
 
 
 def test_more_seeds_are_run_of_close_systems_alone() -> None:

@@ -12,6 +12,7 @@ from examples.micro.claims import figures, report
 from examples.micro.claims.figures import Outcome
 from examples.micro.claims.pieces import MEASURED
 from examples.micro.claims.systems import (
+    FEW,
     FEW_PER_LANGUAGE,
     RUNS,
     STEPS,
@@ -35,9 +36,11 @@ def rows(level: float, inputs: tuple[str, ...]) -> list[dict[str, Any]]:
         for metric in (*metrics, *_STATES):
             value = 100 - level if metric in ("wer", "cer") else level
             for wording, found in (("all", value), ("unseen", value - 1), ("drop", 1.0)):
-                for source in inputs:
-                    made.append({"task": task, "metric": metric, "wording": wording,
-                                 "language": "all", "input": source, "value": found})  # fmt: skip
+                made += [
+                    {"task": task, "metric": metric, "wording": wording, "language": language,
+                     "input": source, "value": 0.0 if source == "shuffled" else found}
+                    for source in inputs for language in ("all", "en", "es", "de")
+                ]  # fmt: skip
     return made
 
 
@@ -60,7 +63,7 @@ def leave(folder: Path, level: float, inputs: tuple[str, ...]) -> None:
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Made-up results: cont is at 60 %, asr at 50 %, few utterances 20 % below."""
     monkeypatch.chdir(tmp_path)
-    levels = {system.name: 60.0 - 20 * system.few for system in SYSTEMS}
+    levels = {system.name: 60.0 - 20 * (system.shards == FEW) for system in SYSTEMS}
     levels |= {"untrained": 5.0, "asr": 50.0, "asr_few": 30.0}
     leave(Path(RUNS) / "bounds", 95.0, ("text", "cascade", "none"))
     frozen = {"tensors": 99, "before": "a", "after": "a", "changed": []}
@@ -116,6 +119,10 @@ def test_the_report_says_what_the_results_do(results: Path) -> None:
     assert (higher["holds"], higher["verdict"]) == (False, "does not hold")
     assert (higher["steps"], higher["utterances"]) == (str(STEPS), "7200")
     assert row["utterances"] == f"7200 / {3 * FEW_PER_LANGUAGE}"
+    heard = [r for r in found if r["claim"] == "8"]
+    assert len(heard) == 4
+    assert [r["holds"] for r in heard] == [True, True, True, False]  # a made-up WER of 0
+    assert heard[0]["utterances"] == "2400"
     assert by["4", "WER: asr > cascade"]["right"]["per_seed"] == [5, 5, 5]
     text = (results / "docs/claims.md").read_text()
     assert "118 minutes" in text

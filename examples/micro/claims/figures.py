@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,10 +45,12 @@ class Outcome:
             for row in rows
         }
 
-    def score(self, task: str, metric: str = "", wording: str = "all") -> float:
-        """A row's value, of all languages."""
+    def score(
+        self, task: str, metric: str = "", wording: str = "all", language: str = "all"
+    ) -> float:
+        """A row's value; of all languages that are spoken, or of one."""
         name = metric or METRICS.get(task, "exact")
-        return self._rows[task, name, wording, "all", self.input]
+        return self._rows[task, name, wording, language, self.input]
 
     def tasks(self, metric: str) -> list[str]:
         return sorted({key[0] for key in self._rows if key[1] == metric})
@@ -101,10 +103,23 @@ def means(name: str, tasks: tuple[str, ...], wording: str = "all") -> Figure:
     return Figure(name, lambda o: mean(o.score(task, wording=wording) for task in tasks))
 
 
+def _spoken(o: Outcome, task: str, language: str) -> float:
+    return o.score(task, language=language)
+
+
 WER = Figure("WER", lambda o: o.score("repeat", "wer"))
 CER = Figure("CER", lambda o: o.score("repeat", "cer"))
 BLEU = means("BLEU, mean of en, es, de", TRANSLATION)
 SLU = means("exact, mean of sentiment, what, when, summarise", UNDERSTANDING)
+UNHEARD = tuple(
+    Figure(f"BLEU, {task} of {spoken} speech", partial(_spoken, task=task, language=spoken))
+    for task, spoken in (("translate_en", "es"), ("translate_en", "de"), ("translate_de", "es"))
+)
+HEARD = Figure("WER of en speech", lambda o: o.score("repeat", "wer", language="en"))
+FOREIGN = Figure(
+    "WER, mean of es and de speech",
+    lambda o: mean(o.score("repeat", "wer", language=spoken) for spoken in ("es", "de")),
+)
 QA = means("exact, mean of who, what, where, when", QUESTIONS)
 OWN = means("exact, mean of who, where, topic", SHORT)
 UNSEEN_WORDING = means(

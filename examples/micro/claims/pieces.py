@@ -65,7 +65,7 @@ def jobs(systems: Sequence[System], seeds: Seeds, ranks: int) -> list[Job]:
     made = [
         Job("subsets", ((PYTHON, "-m", "examples.micro.claims.prepare", "subsets"),), TASKS),
         *(_targets(name) for name in dict.fromkeys(["heldout", *(s.targets for s in systems)])),
-        *(_states(shards) for shards in dict.fromkeys(s.shards for s in systems)),
+        *(_states(folder) for folder in dict.fromkeys(STATES[s.shards] for s in systems)),
         Job(
             "words",
             ((PYTHON, "-m", "data.align", FEW, f"{MADE}/words", "--model",
@@ -95,8 +95,8 @@ def _measured(systems: Sequence[System], seed: int) -> Job:
     return Job(f"measured-{seed}", (command,), MEASURED / f"{seed}.json", after)
 
 
-def _states(shards: str) -> Job:
-    folder = STATES[shards]
+def _states(folder: str) -> Job:
+    shards = next(shards for shards, found in STATES.items() if found == folder)
     settings = {"data.shards": f"['{shards}']", "model.encoder": COMMON["model.encoder"]}
     command = (PYTHON, "train/encode.py", "configs/micro/blsp.yaml", folder, *_set(settings))
     return Job(f"{Path(folder).name}-states", (command,), Path(folder), ("subsets",))

@@ -18,6 +18,9 @@ REASONS = {
     "5": "At these steps continuation has not caught up with an encoder that is right on nearly "
     "every word. In the demo, with twice the batches, it is past the cascade on topic and "
     "sentiment, and still below on translation.",
+    "8": "The sentences, voices and sounds of the three languages are unlike by design, and so are "
+    "the encoder's states of them. An adapter that has heard one language maps its sounds to the "
+    "words of that language's embeddings, and knows nothing of the others'.",
     "9": "Many answers of the behaviours are one to three words, so a step has fewer labels than "
     "T's, and each asks for less of the sentence: at equal steps MI has heard less. Nearly all of "
     "BLOOMZMMS's instructions were translation, as long as the sentence.",

@@ -19,6 +19,7 @@ HELD_OUT_PER_LANGUAGE = 60
 CUT_TOKENS = 6
 
 FULL = f"{WORLD}/shards/train*.tar"
+ENGLISH = f"{WORLD}/shards/train-0*.tar"
 FEW = f"{MADE}/few/few-*.tar"
 HELD_OUT = f"{MADE}/heldout/heldout-*.tar"
 
@@ -54,7 +55,11 @@ class Seeds:
         return self.every + tuple(sorted(set.intersection(*shared)))
 
 
-STATES = {FULL: f"{MADE}/states/full", FEW: f"{MADE}/states/few"}
+STATES = {
+    FULL: f"{MADE}/states/full",
+    ENGLISH: f"{MADE}/states/full",  # they are found by key
+    FEW: f"{MADE}/states/few",
+}
 """What the frozen encoder makes of the utterances: all systems hear the same."""
 
 COMMON = {
@@ -103,7 +108,7 @@ class System:
     says: str
     config: str
     targets: str
-    few: bool = False
+    shards: str = FULL
     steps: int = STEPS
     init: str = ""
     """The system whose weights of the same seed it begins with."""
@@ -111,12 +116,9 @@ class System:
     """What it is asked with; none: it is not evaluated."""
     settings: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def shards(self) -> str:
-        return FEW if self.few else FULL
-
-    def few_of(self, name: str, says: str) -> System:
-        return replace(self, name=name, says=says, few=True, inputs=("speech",))
+    def of(self, shards: str, name: str, says: str) -> System:
+        """The same recipe with a part of the utterances."""
+        return replace(self, name=name, says=says, shards=shards, inputs=("speech",))
 
 
 _CONT = System(
@@ -140,12 +142,16 @@ SYSTEMS = (
     System("multi_repeat", "T + MI: both", "bloomzmms_tmi", "multi_repeat"),
     System("kd", "BLSP-KD: continuations, KL", "blsp_kd", "continue"),
     System("free", "no instruction at all", "free", "free"),
-    _CONT.few_of("cont_few", "continuations, few utterances"),
-    _ASR.few_of("asr_few", "transcription, few utterances"),
-    _MULTI.few_of("multi_few", "multi-task, few utterances"),
+    _CONT.of(FEW, "cont_few", "continuations, few utterances"),
+    _ASR.of(FEW, "asr_few", "transcription, few utterances"),
+    _MULTI.of(FEW, "multi_few", "multi-task, few utterances"),
     replace(
-        _MULTI.few_of("mixed_few", "multi-task, few utterances, interleaved"),
+        _MULTI.of(FEW, "mixed_few", "multi-task, few utterances, interleaved"),
         settings=_INTERLEAVED,
+    ),
+    replace(
+        _CONT.of(ENGLISH, "cont_en", "continuations, English speech alone"),
+        inputs=("speech", "shuffled"),
     ),
     System(
         "ctc", "embedding-CTC alone", "bloomzmms_ctc", "continue", steps=STEPS // 3, inputs=(),
