@@ -1,20 +1,24 @@
 """Answer an instruction about a recording.
 
     python train/listen.py runs/micro/blsp question.wav --instruction "repeat the sentence"
+    python train/listen.py exported question.wav --instruction "repeat the sentence"
     python train/listen.py runs/micro/blsp --ui
 
-MODEL is a run's output folder or one of its checkpoints. The recording may be WAV, FLAC, OGG or
-MP3, of any sample rate and channel count. `--ui` opens a page on this machine to record and ask
-(see `train.talk`).
+MODEL is a run's output folder, one of its checkpoints, or a folder of `train/export.py`. The
+recording may be WAV, FLAC, OGG or MP3, of any sample rate and channel count. `--ui` opens a page on
+this machine to record and ask (see `train.talk`); it needs a run or a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
+from jinja2 import TemplateError
 
 from data.audio import AudioError, decode, is_silent
 from train import checkpoint as ckpt
@@ -23,6 +27,8 @@ from train.cli import guarded
 from train.model.build import length_rule
 from train.model.lengths import LengthRule
 from train.model.respond import Question, Responder
+from train.serving.model import is_exported, open_model
+from train.serving.wording import text
 
 
 def record(path: Path, max_seconds: float, rule: LengthRule) -> np.ndarray:
@@ -42,6 +48,54 @@ def record(path: Path, max_seconds: float, rule: LengthRule) -> np.ndarray:
     if is_silent(wave):
         print(f"warning: {path} is silent", file=sys.stderr)
     return wave
+
+
+def check_language(language: str, known: Collection[str]) -> None:
+    """Whether the model can hear a recording in `language`; without adapters of its own, in any.
+
+    Raises:
+        ConfigError: it has `known` alone.
+    """
+    if known and language not in known:
+        raise cfg.ConfigError(
+            f"--language must be one of {', '.join(known)}, for which the encoder has adapters; "
+            f"found {repr(language) if language else 'none'}"
+        )
+
+
+def from_run(args: argparse.Namespace) -> list[str]:
+    """The answers of a run's model, or a checkpoint's; none after the page was served."""
+    found = ckpt.find(args.model)
+    config = cfg.parse(found.state.config, str(found.path))
+    if args.ui:
+        talk(Responder(config, found.weights, args.device), config, args.port)
+        return []
+    check_language(args.language, config.model.encoder.languages)
+    rule = length_rule(config.model)
+    waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
+    responder = Responder(config, found.weights, args.device)
+    heard = responder.listen(waves, (args.language,) * len(waves))
+    questions = [Question(args.instruction, slots) for slots in heard]
+    return responder.answer(questions, max_new_tokens=args.max_new_tokens)
+
+
+def from_exported(args: argparse.Namespace) -> list[str]:
+    """The answers of an exported folder's model."""
+    if args.ui:
+        raise cfg.ConfigError(f"--ui needs a run or a checkpoint, found an export: {args.model}")
+    model, processor = open_model(args.model, args.device)
+    check_language(args.language, processor.languages)
+    waves = [record(path, processor.max_seconds, processor.rule) for path in args.audio]
+    texts = [args.instruction] * len(waves)
+    try:
+        inputs = processor(audio=waves, text=texts, languages=[args.language] * len(waves))
+    except TemplateError as e:
+        raise cfg.ConfigError(f"--instruction: {e}") from None
+    tokens = model.generate(**inputs.to(model.device), max_new_tokens=args.max_new_tokens)
+    assert model.generation_config is not None
+    ends = model.generation_config.eos_token_id
+    rows = [takewhile(lambda token: token not in ends, row) for row in tokens.tolist()]
+    return [text(processor.tokenizer, list(row)) for row in rows]
 
 
 def talk(responder: Responder, config: cfg.Config, port: int) -> None:
@@ -68,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="run.output, or a checkpoint in it")
+    parser.add_argument("model", type=Path, help="run.output, a checkpoint, or an exported folder")
     parser.add_argument("audio", type=Path, nargs="*", help="recordings")
     parser.add_argument("--instruction", help="what to do with what is heard")
     parser.add_argument(
@@ -83,17 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give recordings, or --ui without any")
     if args.audio and args.instruction is None:
         parser.error("--instruction is needed: what is to be done with what is heard?")
-    found = ckpt.find(args.model)
-    config = cfg.parse(found.state.config, str(found.path))
-    if args.ui:
-        talk(Responder(config, found.weights, args.device), config, args.port)
-        return
-    rule = length_rule(config.model)
-    waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
-    responder = Responder(config, found.weights, args.device)
-    heard = responder.listen(waves, (args.language,) * len(waves))
-    questions = [Question(args.instruction, slots) for slots in heard]
-    for answer in responder.answer(questions, max_new_tokens=args.max_new_tokens):
+    answers = from_exported(args) if is_exported(args.model) else from_run(args)
+    for answer in answers:
         print(answer)
 
 

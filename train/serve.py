@@ -17,32 +17,14 @@ import time
 from pathlib import Path
 
 import uvicorn
-from transformers import AutoModel, AutoProcessor
 
-from train import checkpoint as ckpt
-from train import config as cfg
 from train.cli import guarded
-from train.model.export import HearkenModel, HearkenProcessor
-from train.model.export.folder import model_of, processor_of
 from train.progress import console
 from train.serving.app import Served, make_app
 from train.serving.batcher import Batcher
 from train.serving.limits import Limits
 from train.serving.memory import bound_caches
-
-
-def open_model(path: Path, device: str) -> tuple[HearkenModel, HearkenProcessor]:
-    """The model of an exported folder, or of a run or checkpoint.
-
-    Raises:
-        CheckpointError, ConfigError: there is none, or it cannot be loaded.
-    """
-    if (path / "config.json").exists():
-        model = AutoModel.from_pretrained(path).to(device)
-        return model, AutoProcessor.from_pretrained(path)
-    found = ckpt.find(path)
-    config = cfg.parse(found.state.config, str(found.path))
-    return model_of(config, found.weights, device), processor_of(config)
+from train.serving.model import open_model
 
 
 def main(argv: list[str] | None = None) -> None:

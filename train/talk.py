@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from data.audio import SAMPLE_RATE, AudioError
 from data.templates import TemplateError, read_templates
 from train import config as cfg
-from train.listen import record
+from train.listen import check_language, record
 from train.model.respond import Question, Responder
 from train.model.transcribe import Transcriber
 from train.similarity import picture, similarity
@@ -66,9 +66,11 @@ class Talk:
 
         Raises:
             AudioError: there is none, or it cannot be heard.
+            ConfigError: the encoder has no adapter for its language.
         """
         if not audio:
             raise AudioError("no recording yet: record or upload one first")
+        check_language(language, self.languages)
         responder, languages = self.responder, (language,)
         wave = record(Path(audio), self.config.data.max_seconds, responder.rule)
         seconds = len(wave) / SAMPLE_RATE
@@ -119,9 +121,10 @@ def page(talk: Talk) -> gr.Blocks:
                     wordings, value=wordings[0], allow_custom_value=True,
                     label="Instruction: choose one or write your own", elem_id="instruction",
                 )  # fmt: skip
+                languages = talk.languages or [""]
                 language = gr.Dropdown(
-                    ["", *talk.languages], value="", label="Language of the recording",
-                    visible=bool(talk.languages),
+                    languages, value=languages[0], label="Language of the recording",
+                    visible=bool(talk.languages), elem_id="language",
                 )  # fmt: skip
                 limit = gr.Slider(1, 512, 64, step=1, label="Tokens, at most")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")

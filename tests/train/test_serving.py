@@ -201,6 +201,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "no JSON": (b"{", 400, "not JSON"),
     "no text": (b"\xff\xfe", 400, "not JSON"),
     "nested": (b"[" * 100_000, 400, "not JSON"),
+    "digits": (b'{"seed": ' + b"1" * 5_000 + b"}", 400, "not JSON"),
     "a list": ([], 400, "must be a JSON object"),
     "empty": ({}, 400, "model: Field required"),
     "no messages": ({"model": "run", "messages": []}, 400, "messages: "),

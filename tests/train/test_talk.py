@@ -23,6 +23,8 @@ import soundfile
 
 from tests.launch import ROOT, environment, free_port, python
 from tests.train.conftest import Workspace
+from tests.train.test_export import make
+from train import config as cfg
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +55,7 @@ def model(workspace: Workspace, uninterrupted: str) -> Path:
     shutil.copytree(workspace.checkpoint(uninterrupted).path, folder)
     state = json.loads((folder / "state.json").read_text())
     state["config"]["data"]["max_seconds"] = 20.0
+    del state["checksums"]["state.json"]
     (folder / "state.json").write_text(json.dumps(state))
     return folder
 
@@ -172,3 +175,21 @@ def test_no_recording_is_said_on_the_page(chromium: str, address: str, question:
         page.locator("#ask").click()
         page.get_by_text("no recording yet").wait_for()
         assert requests.get(address, timeout=30).ok  # and the server goes on
+
+
+def test_languages_of_the_encoder_are_offered_and_the_first_is_chosen(
+    tmp_path: Path, question: Path
+) -> None:
+    from train.talk import Talk, page  # needs gradio
+
+    made = make(tmp_path, "languages")
+    talk = Talk(made.config, made.responder)
+    assert talk.transcribed_by == "the encoder"  # by the language's own head
+    (box,) = [b for b in page(talk).blocks.values() if b.elem_id == "language"]
+    assert (box.visible, box.choices, box.value) == (True, [("en", "en"), ("de", "de")], "en")
+    run = ["train/listen.py", tmp_path / "run", question, "--instruction", "repeat this"]
+    out = python(*run, "--language", "en", "--max-new-tokens", "9")
+    short, *_ = talk.answer(str(question), "repeat this", box.value, 9)
+    assert short == out.strip().splitlines()[-1]
+    with pytest.raises(cfg.ConfigError, match=r"must be one of en, de, .* found none"):
+        talk.answer(str(question), "repeat this", "", 9)

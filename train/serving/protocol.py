@@ -110,7 +110,8 @@ def parse(body: bytes, limits: Limits) -> Request:
     """
     try:
         tree = json.loads(body)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    # A plain ValueError, too: a number of more digits than Python reads.
+    except (ValueError, RecursionError) as e:
         raise Fault(400, f"the body is not JSON: {e}") from None
     if not isinstance(tree, dict):
         raise Fault(400, f"the body must be a JSON object, found {type(tree).__name__}")
