@@ -3,10 +3,13 @@
     python train/export.py runs/micro/blsp exported
     python train/export.py runs/micro/blsp exported --merged
     python train/export.py runs/micro/blsp exported --merged --mlflow exported-mlflow
+    python train/export.py runs/micro/blsp exported --merged --mlflow exported-mlflow --log
 
 Without `--merged` the folder has what was trained (a few MB), and the names and hashes of the
 encoder and the LLM that it belongs to; with it, these too. Its README.md says how to use it.
-`--mlflow` writes the same as a model for `mlflow models serve` (see `train/pyfunc.py`).
+`--mlflow` writes the same as a model for `mlflow models serve` (see `train/pyfunc.py`); `--log`
+sends this one to the tracker, where it stands under the run that trained it. That is a flag of its
+own, for merged models have gigabytes.
 """
 
 from __future__ import annotations
@@ -44,7 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--merged", action="store_true", help="with encoder and LLM")
     parser.add_argument("--mlflow", type=Path, metavar="FOLDER", help="also as an MLflow model")
+    parser.add_argument(
+        "--log", action="store_true", help="with --mlflow: send it to the run that trained it"
+    )
     args = parser.parse_args(argv)
+    if args.log and args.mlflow is None:
+        parser.error("--log sends what --mlflow writes; give --mlflow FOLDER, too")
     if args.mlflow is not None and args.mlflow.exists():
         raise cfg.ConfigError(f"{args.mlflow} exists; remove it, or name another folder")
     found = export(args.checkpoint, args.out, args.merged)
@@ -55,6 +63,11 @@ def main(argv: list[str] | None = None) -> None:
 
         save(args.out, args.mlflow)
         console.print(f"to serve it: mlflow models serve -m {args.mlflow} --env-manager local")
+    if args.log:
+        from train.tracking import log_model
+
+        address = log_model(found.state, args.mlflow)
+        console.print(f"{address} is the same under run {found.state.tracker_run} in MLflow")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ class Store:
     """
 
     def __init__(self, uri: str):
-        path = Path(uri.removeprefix("sqlite:///"))
-        if uri.startswith("sqlite:") and not path.exists():
+        path = database(uri)
+        if path is not None and not path.exists():
             raise ConfigError(f"--uri {uri}: {path} does not exist; name the run.tracking_uri")
         self.uri = uri
         self._files: dict[str, list[str]] = {}
@@ -137,6 +137,13 @@ class Store:
             return []
         tree = json.loads(self.read(run, f"{name}.json"))
         return [dict(zip(tree["columns"], row, strict=True)) for row in tree["data"]]
+
+
+def database(uri: str) -> Path | None:
+    """The file that an SQLite address names; none where it is a server's."""
+    if not uri.startswith("sqlite:"):
+        return None
+    return Path(uri.partition("?")[0].removeprefix("sqlite:///"))
 
 
 def _read(run: Any) -> Run:

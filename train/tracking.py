@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from train import config as cfg
 from train.config import ConfigError
 from train.journal import Entry, Journal
 from train.sending import Sender
+from train.tracked import database
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+DATA = "hearken.data"
+"""Tag of a run that trains or evaluates: the digest of the shards that it does it on."""
 TARGETS = "hearken.targets"
 """Tag of stage 1 and of the runs that train on what it made: the hash of how that was made."""
 _VERSIONS = ("torch", "transformers", "deepspeed", "webdataset")
@@ -138,7 +142,10 @@ class Tracker:
         self._client.log_figure(self.run_id, figure, f"pictures/{name}.png")
 
     def data(self, used: Used) -> None:
-        """A set of data that the run has used, as MLflow lists it beside the run."""
+        """A set of data that the run has used, as MLflow lists it beside the run.
+
+        Its whole digest is a tag as well, but for data that a training run is validated on.
+        """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         found = Dataset(
@@ -150,6 +157,32 @@ class Tracker:
         )
         tags = [InputTag("mlflow.data.context", used.context)]
         self._client.log_inputs(self.run_id, [DatasetInput(found, tags)])
+        if used.context != "validation":
+            self._client.set_tag(self.run_id, DATA, used.digest)
+
+    def model(self, folder: Path, name: str, step: int) -> str:
+        """An MLflow model that the run has made, with all its files; returns its address.
+
+        `mlflow.pyfunc.log_model` would write the weights a second time to send them, and end the
+        run anew.
+        """
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+        run = self._client.get_run(self.run_id)
+        made = self._client.create_logged_model(
+            run.info.experiment_id,
+            re.sub(r"[/:.%\"']", "-", name),  # what MLflow takes in no model's name
+            source_run_id=self.run_id,
+            params=run.data.params,
+        )
+        status = LoggedModelStatus.FAILED
+        try:
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(made.model_id, step)])
+            self._client.log_model_artifacts(made.model_id, str(folder))
+            status = LoggedModelStatus.READY
+        finally:
+            self._client.finalize_logged_model(made.model_id, status)
+        return f"models:/{made.model_id}"
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run (`KILLED` or `FAILED` can be resumed)."""
@@ -249,6 +282,28 @@ def history(uri: str, run_id: str, metric: str) -> list[float]:
 
     found = mlflow.MlflowClient(uri).get_metric_history(run_id, metric)
     return [m.value for m in sorted(found, key=lambda m: m.step)]
+
+
+def log_model(of: ckpt.State, folder: Path) -> str:
+    """Send an MLflow model to the run that trained it, as `Tracker.model`; returns its address.
+
+    Raises:
+        ConfigError: the checkpoint's tracker does not answer, has no such run, or refuses.
+    """
+    about = of.config["run"]
+    uri = about["tracking_uri"]
+    try:
+        path = database(uri)
+        if path is not None and not path.exists():  # MLflow would make an empty one
+            raise FileNotFoundError(f"{path} does not exist")
+        tracker = Tracker(uri, about["experiment"], about["name"], run_id=of.tracker_run)
+        return tracker.model(folder, about["name"], of.step)
+    except Exception as error:  # MLflow's many, and those of its libraries
+        reason = redacted(" ".join(str(error).split())[:300])
+        raise ConfigError(
+            f"{folder} is written, but run.tracking_uri {redacted(uri)} did not take it as a model "
+            f"of run {of.tracker_run} ({reason}); once it does, export again to new folders"
+        ) from None
 
 
 def run_tags(stage: str) -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,31 @@ def test_what_does_not_pass_stops_the_run_resumably(server: Faulty) -> None:
     server.faults = ["stall"]
     with pytest.raises(ReadError, match=r"/v1: APITimeoutError.* in 1 tries"):
         answers(client(server, retries=0, timeout_seconds=0.2), 1)
+
+
+def test_answers_that_came_before_a_refusal_was_seen_are_kept(
+    server: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(asked: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
+        """Whoever takes the answers comes back to them when all are there, in this order."""
+        futures = list(asked)
+        wait(futures)
+        return iter(futures)
+
+    monkeypatch.setattr("train.teachers.openai.as_completed", slowly)
+    server.faults = [None] * 4 + [503]
+    found: list[int] = []
+
+    def take() -> None:
+        for answered in client(server, concurrent=3, retries=0).answers([questions(12)], 1):
+            ((question, answer),) = answered  # one commit each: they may be of several shards
+            assert answer.ids == (question.number + 1, 1, 4)
+            found.append(question.number)
+
+    with pytest.raises(ReadError, match="HTTP 503"):
+        take()
+    assert len(server.requests) == 12
+    assert len(found) == len(set(found)) == 11
 
 
 @pytest.mark.parametrize(

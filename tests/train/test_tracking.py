@@ -20,7 +20,7 @@ from tests.train.conftest import Workspace
 from train.config import ConfigError
 from train.journal import Entry, Journal
 from train.sending import Sender
-from train.tracking import StepTracker, Tracker
+from train.tracking import StepTracker, Tracker, Used
 
 
 def test_a_journal_goes_on_after_the_last_whole_line(tmp_path: Path) -> None:
@@ -133,6 +133,19 @@ def test_secrets_do_not_reach_the_tracker(tmp_path: Path) -> None:
     tracker.close()
     found = mlflow.MlflowClient(uri).get_run(tracker.run_id).data.params
     assert found == {"data.shards": '["https://***@host/x.tar?***"]', "n": "1"}
+
+
+def test_a_run_is_found_by_the_digest_of_its_data(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = StepTracker(uri, "e", "r", journal=tmp_path / "metrics.jsonl")
+    for name, digest in (("training", "7" * 64), ("validation", "8" * 64)):
+        tracker.data(Used(name, name, digest, ["a.tar"], {"utterances": 1.0}))
+    tracker.close()
+    client = mlflow.MlflowClient(uri)
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "e"]
+    (found,) = client.search_runs([experiment], f"tags.`hearken.data` = '{'7' * 64}'")
+    assert found.info.run_id == tracker.run_id
+    assert len(found.inputs.dataset_inputs) == 2
 
 
 class Server:

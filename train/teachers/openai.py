@@ -66,8 +66,14 @@ class Client:
                 for batch in batches
                 for question in batch
             }
+            waiting = dict(asked)
             for done in as_completed(asked):
-                yield [(asked[done], done.result())]
+                if done.exception() is not None:
+                    # Others may have come meanwhile, which shall not be asked and paid for again.
+                    for came, question in waiting.items():
+                        if came.done() and came.exception() is None:
+                            yield [(question, came.result())]
+                yield [(waiting.pop(done), done.result())]
         except BaseException:
             # Requests that wait to be tried again find the client closed, and end.
             self._client.close()
