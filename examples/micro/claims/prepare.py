@@ -17,6 +17,7 @@ from data.archive import Row, read_meta, write_shard
 from data.shards import Overlay, ShardSet, write_overlay
 from data.sources import index_address
 from examples.micro.claims.systems import (
+    ENGLISH,
     FEW,
     FEW_PER_LANGUAGE,
     FULL,
@@ -58,6 +59,9 @@ def subset(source: str, path: Path, per_language: int) -> list[str]:
 
 
 def subsets() -> None:
+    spoken = set(ShardSet.open(ENGLISH).languages.to_pylist())
+    if spoken != {"en"}:
+        raise SystemExit(f"{ENGLISH}: expected English alone, found {', '.join(sorted(spoken))}")
     subset(FULL, Path(FEW.replace("*", "000000")), FEW_PER_LANGUAGE)
     path = Path(HELD_OUT.replace("*", "000000"))
     keys = set(subset(f"{WORLD}/shards/test*.tar", path, HELD_OUT_PER_LANGUAGE))

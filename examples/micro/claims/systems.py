@@ -19,7 +19,7 @@ HELD_OUT_PER_LANGUAGE = 60
 CUT_TOKENS = 6
 
 FULL = f"{WORLD}/shards/train*.tar"
-ENGLISH = f"{WORLD}/shards/train-0*.tar"
+ENGLISH = f"{WORLD}/shards/train-micro-*.tar"  # of the LibriSpeech layout
 FEW = f"{MADE}/few/few-*.tar"
 HELD_OUT = f"{MADE}/heldout/heldout-*.tar"
 
