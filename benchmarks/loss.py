@@ -10,6 +10,10 @@ Everything of one case is measured in turn, in one run; times are medians. `full
 fit most machines, so it is measured at a share of the positions and of the labels, beside the
 others at the same share. Its `peak_bytes` at full size are scaled: they grow linearly with the
 positions, and two shares give the line.
+
+Here the bars of the loss are measured, at 8,192 positions with 1,500 labels: `peak_ratio` of
+`one_piece` at least 4, of `full_logits` at least 20, and `forward_backward_seconds` of neither
+below ours; of `full_logits` at its share.
 """
 
 from __future__ import annotations
@@ -58,9 +62,9 @@ def main() -> None:
             measure(
                 report, case, loss_runs(head, share, kl, options.device), rounds, options.device
             )
+        if options.json:
+            report.write(options.json)
     print(report.markdown())
-    if options.json:
-        report.write(options.json)
 
 
 def loss_runs(head: Head, share: float, kl: Divergence | None, device: str) -> dict[str, Run]:

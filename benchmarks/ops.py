@@ -68,9 +68,9 @@ def main() -> None:
             if options.case in (case := f"pack_embeddings {size} {tail}"):
                 runs = pack_runs(*PACK_SIZES[size], dtype, options.device)
                 measure(report, case, runs, rounds, options.device)
+        if options.json:
+            report.write(options.json)
     print(report.markdown())
-    if options.json:
-        report.write(options.json)
 
 
 def recycle_memory() -> None:

@@ -2,10 +2,15 @@
 
 `{"machine": …, "versions": …, "commit": …, "rows": [{"benchmark", "case", "name", "metric",
 "value", "unit"}]}`, where `name` is "hearken" for ours, "floor" for the limit, else the rival.
+
+    python -m benchmarks.report PATH ...
+
+prints the tables of files in that format, and of all such files in folders, as one Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -15,8 +20,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 PACKAGES = ("torch", "torchaudio", "transformers", "deepspeed", "flash-attn", "webdataset")
 
@@ -78,8 +81,23 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def merged(paths: Sequence[Path]) -> str:
+    """What reports say, one after another, under a line for each that says where it was taken."""
+    files = [f for p in paths for f in (sorted(p.glob("*.json")) if p.is_dir() else [p])]
+    reports = {file.name: json.loads(file.read_text()) for file in files}
+    taken = [
+        f"- {name}: {report['machine']['gpu'] or report['machine']['cpu']}, commit "
+        f"{report['commit']}, torch {report['versions']['torch']}, {report['machine']['date']}"
+        for name, report in reports.items()
+    ]
+    rows = [row for report in reports.values() for row in report["rows"]]
+    return "\n".join([*taken, "", markdown(rows)])
+
+
 def machine() -> dict[str, Any]:
     """Where the figures were taken, and how busy it was then."""
+    import torch  # here: joining reports takes no seconds
+
     cpu = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -110,7 +128,12 @@ def commit() -> str:
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True
+            )
+        except OSError:  # a machine without git: what was measured there still counts
+            return ""
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
@@ -119,3 +142,9 @@ def commit() -> str:
 
 def _unique(items: Any) -> list[str]:
     return list(dict.fromkeys(items))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    print(merged(parser.parse_args().paths))

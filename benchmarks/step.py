@@ -17,7 +17,8 @@ the median over rounds of the rival's seconds over ours. The predicted one is of
 
 with the rows that the system wants to run, and bytes as counted in one step: what every operation
 that is no product reads and writes. `mfu` counts useful rows alone. `--tune` first tries the sizes
-of micro-batch in `KNOBS` and goes on with each system's quickest.
+of micro-batch in `KNOBS` and goes on with each system's quickest of those that fit the GPU.
+`--json` is written anew after every mix.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ KNOBS = {
 COUNT = {"cpu": 32, "cuda": 256}
 
 
+class DoesNotFit(RuntimeError):
+    """A step took more memory than the GPU has."""
+
+
 class Worker:
     """A system in a process of its own, which answers what it is asked."""
 
@@ -66,13 +71,17 @@ class Worker:
         there.close()
 
     def ask(self, question: str, knob: int) -> dict[str, Any]:
+        """Raises DoesNotFit where the GPU's memory is too small; another question can follow."""
         self._here.send((question, knob))
         if not self._here.poll(SECONDS):
             raise TimeoutError(f"{self.spec.system} did not answer {question} in {SECONDS} s")
         try:
-            return self._here.recv()
+            found: dict[str, Any] = self._here.recv()
         except EOFError:
             raise RuntimeError(f"{self.spec.system} ended; see above") from None
+        if why := found.get("does_not_fit"):
+            raise DoesNotFit(f"{self.spec.system} at {knob} a micro-batch: {why}")
+        return found
 
     def close(self) -> None:
         self._here.close()
@@ -105,9 +114,9 @@ def main() -> None:
         case = f"{options.size}, {mix}, {count} utterances, {precision} {device}"
         found = measure(specs, options.rounds, options.tune)
         summarise(report, case, found, rates)
+        if options.json:
+            report.write(options.json)
     print(report.markdown())
-    if options.json:
-        report.write(options.json)
 
 
 def measure(specs: dict[str, Spec], rounds: int, tune: bool) -> dict[str, dict[str, Any]]:
@@ -134,11 +143,23 @@ def measure(specs: dict[str, Spec], rounds: int, tune: bool) -> dict[str, dict[s
 
 def best_knob(spec: Spec, knobs: tuple[int, ...]) -> int:
     """The quickest of two tries each, after one to warm up, in a process that then ends: what it
-    has taken does not count as the peak of the one that is measured."""
-    worker = Worker(spec)
-    worker.ask("time", knobs[0])
-    tries = {k: min(worker.ask("time", k)["seconds"] for _ in range(2)) for k in knobs}
+    has taken does not count as the peak of the one that is measured. A size whose step does not fit
+    the GPU's memory is named, and out.
+
+    Raises:
+        DoesNotFit: none fits.
+    """
+    worker, tries = Worker(spec), dict[int, float]()
+    for knob in knobs:
+        try:
+            seconds = [worker.ask("time", knob)["seconds"] for _ in range(2 if tries else 3)]
+        except DoesNotFit as e:
+            print(f"does not fit: {e}", flush=True)
+        else:
+            tries[knob] = min(seconds[-2:])
     worker.close()
+    if not tries:
+        raise DoesNotFit(f"{spec.system}: no size of micro-batch fits, tried {knobs}")
     print(spec.system, {k: round(seconds, 3) for k, seconds in tries.items()}, flush=True)
     return min(tries, key=tries.__getitem__)
 

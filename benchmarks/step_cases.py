@@ -151,8 +151,10 @@ def make_model(size: Size, own_length: bool, dtype: torch.dtype, device: str) ->
             adapter = adapters.make(size.adapter(), encoder.width, llm.hidden_size)
             attention.prepare(decoder)
             decoder.requires_grad_(False)
-            embeddings = SpeechEmbeddings(decoder, whole)
-            return SpeechLLM(encoder, adapter, decoder, embeddings.to(dtype)).to(dtype)
+            model = SpeechLLM(encoder, adapter, decoder, SpeechEmbeddings(decoder, whole))
+            # Some are not made where the context says, and the encoder is not in the model's tree.
+            encoder.to(device, dtype)
+            return model.to(device, dtype)
     finally:
         torch.set_default_dtype(default)
 

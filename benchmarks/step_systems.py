@@ -10,6 +10,7 @@ Shapes: B utterances, F encoder frames, R slots, T positions, H LLM width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
 
 from benchmarks.step_cases import RATE, Utterance
 from data.collate import Batch, Clip, Sample, collate
@@ -25,7 +27,7 @@ from data.prompts import Speech, Text
 from train.flops import Rows
 from train.model.adapters.conv import ConvAdapter
 from train.model.attention import set_packed
-from train.model.encoder import SpeechEncoder
+from train.model.encoder import WAVEFORM, SpeechEncoder
 from train.model.kernels import Packing
 from train.model.lengths import LengthRule
 from train.model.speech_llm import SpeechLLM
@@ -104,8 +106,9 @@ class PaddedAdapter(nn.Module):
         for layer, g in zip(adapter.convs, self.geometry, strict=True):
             out, kernel, channels = layer.weight.shape
             conv = nn.Conv1d(channels, out, kernel, g.stride, g.padding)
-            conv.weight.data = layer.weight.data.transpose(1, 2).contiguous()
-            conv.bias.data = layer.bias.data.clone()
+            # New ones, on the device and in the dtype of the adapter's own.
+            conv.weight = nn.Parameter(layer.weight.detach().transpose(1, 2).contiguous())
+            conv.bias = nn.Parameter(layer.bias.detach().clone())
             self.convs.append(conv)
         self.down, self.up = adapter.down, adapter.up
 
@@ -147,6 +150,29 @@ class TrimmedWhisper(nn.Module):
         return model.layer_norm(x_CFE)
 
 
+class PaddedWaveform(nn.Module):
+    """Wav2Vec2 and its kin as transformers has them, with the same weights: every layer runs on the
+    padded batch, with a mask over what is padded."""
+
+    def __init__(self, encoder: SpeechEncoder):
+        super().__init__()
+        config = deepcopy(encoder.model.config)  # ours names our own attention
+        with torch.device("meta"):
+            self.model = AutoModel.from_config(config, attn_implementation="sdpa")
+        self.model.load_state_dict(encoder.model.state_dict(), assign=True)
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @torch.no_grad()
+    def forward(self, features: Tensor, samples: tuple[int, ...]) -> Tensor:
+        """As `SpeechEncoder`."""
+        device, dtype = features.device, self.model.dtype
+        own = torch.tensor(samples, device=device)[:, None]
+        mask = torch.arange(features.shape[1], device=device) < own
+        states: Tensor = self.model(features.to(dtype), mask.long()).last_hidden_state
+        return states
+
+
 class Plain(System):
     """What the three plain systems share: padded speech, rows joined sample by sample in Python,
     and logits of all positions through the loss of transformers."""
@@ -158,6 +184,8 @@ class Plain(System):
         self.encoder: nn.Module = model.encoder
         if self.trims and model.encoder.kind == "whisper":
             self.encoder = TrimmedWhisper(model.encoder)
+        elif model.encoder.kind in WAVEFORM:
+            self.encoder = PaddedWaveform(model.encoder)
         assert isinstance(model.adapter, ConvAdapter)
         self.adapter = PaddedAdapter(model.adapter)
         model.adapter = self.adapter  # the other one's weights go

@@ -1,7 +1,7 @@
 """The process of one system of `benchmarks.step`: builds its model once, then answers.
 
 Questions, each with a size of micro-batch: `time` one step, `peak` of memory in one, `count` what
-one moves.
+one moves. A step that takes more memory than the GPU has is answered by `does_not_fit`, and why.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +50,18 @@ def work(questions: Connection, spec: Spec) -> None:
             question, knob = questions.recv()
         except EOFError:
             return
-        questions.send(getattr(job, question)(knob))
+        questions.send(answer(job, question, knob))
+
+
+def answer(job: Job, question: str, knob: int) -> dict[str, Any]:
+    """What the job says; after running out of memory it is fit for another question."""
+    try:
+        found: dict[str, Any] = getattr(job, question)(knob)
+        return found
+    except torch.OutOfMemoryError as e:
+        why = str(e).splitlines()[0]
+    job.recover()  # outside, where the exception no longer holds the step's tensors
+    return {"does_not_fit": why}
 
 
 class Job:
@@ -101,6 +113,13 @@ class Job:
             self.optimizer.zero_grad()
         return float(loss)
 
+    def recover(self) -> None:
+        """Let go of what a step that broke off has left."""
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
     def time(self, knob: int) -> dict[str, Any]:
         self.batches(knob)
         self.clock.reset()
@@ -144,8 +163,10 @@ class Job:
 
 class Moved(TorchDispatchMode):
     """Bytes that every operation reads and writes, but for products and what only looks anew at
-    the same memory."""
+    the same memory. Attention is products, by whichever kernel: FlexAttention comes as an operator
+    of higher order, or compiled, when nothing of it comes here."""
 
+    supports_higher_order_operators = True
     _PRODUCTS = (
         "mm",
         "addmm",
@@ -154,8 +175,15 @@ class Moved(TorchDispatchMode):
         "convolution",
         "ragged_conv1d",
         "_scaled_dot",
+        "_varlen_attn",
+        "_flash_attn",
         "linear",
     )
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Otherwise what is compiled would run as if it were not, for as long as this counts."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,6 +191,8 @@ class Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            return out
         name = func._schema.name.split("::")[1]
         looks = any(
             r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns

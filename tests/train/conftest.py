@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 
 from tests import hosts as nodes
@@ -39,6 +38,8 @@ class Workspace:
 
     def curve(self, name: str, metric: str = "train/loss") -> list[tuple[int, float]]:
         """(step, value) of every point logged in the one training run of its database."""
+        import mlflow  # absent where the tests marked gpu run
+
         client = mlflow.MlflowClient(f"sqlite:///{self.root / name}.db")
         (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
         training = "tags.`hearken.stage` = 'train'"
@@ -53,6 +54,8 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Shards by `data.build`, targets by stage 1 on two ranks."""
+    import mlflow
+
     root = tmp_path_factory.mktemp("workspace")
     tiny.shards(root)
     tiny.encoder(root / "encoder")

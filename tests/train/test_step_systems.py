@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.step_cases import (
+    RATE,
+    WINDOW_SECONDS,
     Size,
     Utterance,
     length_rule,
@@ -76,8 +79,24 @@ def test_all_systems_train_the_same(encoder: str) -> None:
             torch.testing.assert_close(other_grad, grad, rtol=1e-3, atol=1e-5)
 
 
-def test_what_each_system_pads() -> None:
-    size, rows = SIZES["whisper"], {}
+def encoded(system: System, batches: list[Any]) -> int:
+    """Frames that the encoder's layers are given, padding included."""
+    model: Any = getattr(system, "encoder", system.model.encoder)
+    layers = getattr(model.model, "layers", None) or model.model.encoder.layers
+    seen: list[int] = []
+    hook = layers[0].register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape[0] * given[0].shape[1])
+    )
+    with torch.no_grad():
+        for batch in batches:
+            system.loss(batch, 1)
+    hook.remove()
+    return sum(seen)
+
+
+@pytest.mark.parametrize("encoder", SIZES)
+def test_what_each_system_pads(encoder: str) -> None:
+    size, rows = SIZES[encoder], {}
     sounds = utterances("blsp", 7, size.encoder(), WORDS)
     for name in SYSTEMS:
         system = trained(name, size, sounds)[2]
@@ -86,10 +105,12 @@ def test_what_each_system_pads() -> None:
         rows[name] = {
             part: sum(sum(getattr(r, part)) for r in found) for part in ("encoder", "documents")
         } | {"head": sum(r.head for r in found)}
+        assert encoded(system, batches) == rows[name]["encoder"], name
     rule = length_rule(size)
+    window = int(rule.frames(round(WINDOW_SECONDS * RATE)))
     assert rows["hearken"]["encoder"] == sum(int(rule.frames(u.samples)) for u in sounds)
     assert rows["hearken"]["head"] == sum(len(u.answer) for u in sounds)
-    assert rows["padded_30s"]["encoder"] == 7 * 1500
+    assert rows["padded_30s"]["encoder"] == 7 * window
     assert rows["greedy"]["documents"] == rows["hearken"]["documents"] == rows["greedy"]["head"]
     order = [rows[n]["encoder"] for n in ("hearken", "grouped", "greedy", "padded_30s")]
     assert order == sorted(order)
