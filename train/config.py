@@ -189,6 +189,9 @@ class Decoder(Section):
     bitsandbytes, and under ZeRO 0 to 2: what is quantised cannot be partitioned."""
     attention: Literal["auto", "flash_attn", "varlen", "flex", "sdpa"] = "auto"
     """Of packed batches, see `train.model.kernels`: `auto` takes the fastest that can."""
+    checkpointing: bool = False
+    """Keep each layer's input alone, and run the layer again in the backward pass: less memory for
+    more work, see `train.model.recompute`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Decoder:
@@ -217,6 +220,8 @@ class Model(Section):
 class Data(Section):
     shards: tuple[str, ...]
     targets: tuple[str, ...]
+    any_teacher: bool = False
+    """Whether targets may be the answers of another LLM than the run's, in the run's tokens."""
     tokens_per_bin: int = Field(8192, ge=1)
     seconds_per_bin: float = Field(600.0, gt=0)
     bins_per_step: int = Field(8, ge=1)
@@ -225,6 +230,7 @@ class Data(Section):
     """Whether what several documents of a bin begin with is run once (see `data.sharing`)."""
     window_shards: int = Field(16, ge=1)
     max_seconds: float = Field(30.0, gt=0)
+    """Longest clip: of training data longer ones are left out and named, elsewhere refused."""
     max_skipped: float = Field(0.01, ge=0, le=1)
     """Share of samples that may be skipped for bad content before the run stops."""
     workers: int = Field(2, ge=0)
@@ -623,6 +629,12 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
             "model.decoder.train: full trains it; remove one"
         )
     encoder, held_out = config.model.encoder, config.validation
+    for name, section in (("data", config.data), ("validation", held_out)):
+        if config.losses.align and section is not None and not section.words:
+            raise ConfigError(
+                f"{origin}: losses.align needs word times, but {name}.words is empty; make word "
+                "shards by data.align and name them, or remove the loss"
+            )
     if config.data.states and (encoder.lora is not None or encoder.layers != "last"):
         raise ConfigError(
             f"{origin}: data.states are a frozen encoder's last layer, but model.encoder has lora "
@@ -634,6 +646,28 @@ def parse(tree: dict[str, Any], origin: str) -> Config:
             "encoder is loaded; make them of both by train/encode.py"
         )
     return config
+
+
+def recorded(tree: dict[str, Any], origin: str, trusted: bool) -> Config:
+    """The configuration in a checkpoint, which may be a stranger's: what it says runs no code.
+
+    Args:
+        trusted: the code that comes with its models may be run all the same.
+    Raises:
+        ConfigError: there is such code, or see `parse`.
+    """
+    config = parse(tree, origin)
+    distrust(config.model.trust_remote_code and not trusted, origin)
+    return config
+
+
+def distrust(found: bool, origin: str) -> None:
+    """Raise `ConfigError` if it was `found` that a model of others' making wants to run code."""
+    if found:
+        raise ConfigError(
+            f"{origin} says model.trust_remote_code: its encoder or LLM comes with code of its "
+            "own; add --trust-remote-code if you trust where it is from"
+        )
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -70,15 +70,16 @@ def planned(config: cfg.Config, ranks: int, gpu_memory: float | None) -> dict[st
     batch = Typical(config, parts.encoder).batch(tokens)
     flops = Flops(parts.encoder, parts.adapter, parts.decoder)
     positions = sum(batch.lengths)
+    work = flops.of(flops.useful(batch))
+    if config.model.decoder.checkpointing:
+        work["decoder, again"] = flops.again(flops.useful(batch))
     memory: dict[str, Any] = {**plan.held(), "communication": plan.buffers()}
     found: dict[str, Any] = {
         "parameters": groups(parts),
         "ranks": ranks,
         "memory": memory,
         "moved_per_step": plan.moved(math.ceil(config.data.bins_per_step / ranks)),
-        "flops_per_token": {
-            part: work.total / positions for part, work in flops.of(flops.useful(batch)).items()
-        },
+        "flops_per_token": {part: done.total / positions for part, done in work.items()},
     }
     if gpu_memory is None:
         return found

@@ -378,7 +378,7 @@ class Engine:
         self._updates = updates
         for master in self._masters():
             self._adam().state[master] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=master.device),  # as fused wants it
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):

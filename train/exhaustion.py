@@ -37,8 +37,10 @@ def describe(batch: Batch, rank: int, error: BaseException) -> str:
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     audio = f"data.seconds_per_bin below {seconds:.0f}"
     text = f"data.tokens_per_bin below {tokens}"
+    # Of no help to the encoder, which keeps nothing as it is.
+    other = "set model.decoder.checkpointing if it is off, "
     if "listen" in names:
-        at, fix = "while it was heard", audio
+        at, fix, other = "while it was heard", audio, ""
     elif "backward" in names:
         at, fix = "in the backward pass", f"{text}, or {audio}"
     else:
@@ -47,7 +49,8 @@ def describe(batch: Batch, rank: int, error: BaseException) -> str:
         f"out of memory on rank {rank} {at}, in bin {batch.bin} of step {batch.step} of epoch "
         f"{batch.epoch}: {len(batch.lengths)} documents, {tokens} positions, {seconds:.0f} s of "
         f"audio, the longest {max(batch.samples, default=0) / SAMPLE_RATE:.0f} s; lower {fix} (for "
-        "a new run: the order of the data follows from it), or give each rank less of the model"
+        f"a new run: the order of the data follows from it), {other}or give each rank less of the "
+        "model"
     )
 
 

@@ -27,6 +27,7 @@ from train.model import adapters, attention
 from train.model.build import DTYPES, whole
 from train.model.encoder import SpeechEncoder, front_end_of
 from train.model.lengths import LengthRule
+from train.model.recompute import recompute_layers
 from train.model.speech_llm import LiveTable, SpeechEmbeddings, SpeechLLM
 
 RATE = 16_000
@@ -99,6 +100,8 @@ def _assemble(parts: Blueprint, config: cfg.Config) -> SpeechLLM:
     for part in (decoder, parts.encoder, parts.adapter, *parts.others.values()):
         _cast(part, dtype)
     attention.prepare(decoder)
+    if config.model.decoder.checkpointing:
+        recompute_layers(decoder)
     lookup = None
     if config.model.decoder.train == "full":
         lookup = LiveTable(cast(nn.Embedding, decoder.get_input_embeddings()))

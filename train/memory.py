@@ -87,7 +87,8 @@ class Plan:
         counts, size = self.counts, self.size
         others = (self.ranks - 1) / self.ranks
         if self.stage == 3:
-            # Once forward and once backward; the frozen text embeddings are not asked for.
+            # Once forward and once backward; the frozen text embeddings are not asked for. Layers
+            # that are run again are gathered for that, and held for their backward.
             return {
                 "weights": round(2 * (counts.decoder + counts.trained) * size * others)
                 * micro_batches,

@@ -20,6 +20,7 @@ from train import config as cfg
 from train.blueprint import Blueprint
 from train.feed import open_feed
 from train.flops import Flops, sum_work
+from train.model.build import load_decoder
 
 
 def kill_at(workspace: Workspace, name: str, ranks: int, seed: int, after: int) -> None:
@@ -126,6 +127,28 @@ def test_sigterm_leaves_a_checkpoint_of_the_last_step(workspace: Workspace) -> N
     assert f"stopped: SIGTERM after {reached} of 4000 steps" in log.read_text()
     launch("train/main.py", config, "--set", f"train.steps={reached + 2}", ranks=1)
     assert [step for step, _ in workspace.curve("term")] == list(range(reached + 2))
+
+
+@pytest.mark.gpu
+def test_cut_and_resumed_on_a_gpu(workspace: Workspace) -> None:
+    """Where the optimizer's state has to lie on the device, as no test on the CPU can see."""
+    constant = ("--set", "train.schedule=constant")
+    launch("train/main.py", workspace.config("gpu-whole"), *constant, ranks=1)
+    cut = workspace.config("gpu-cut")
+    launch("train/main.py", cut, *constant, "--set", f"train.steps={STEPS // 2}", ranks=1)
+    launch("train/main.py", cut, *constant, ranks=1)
+    assert [step for step, _ in workspace.curve("gpu-cut")] == list(range(STEPS))
+    for (step, found), (_, whole) in zip(
+        workspace.curve("gpu-cut"), workspace.curve("gpu-whole"), strict=True
+    ):
+        assert found == pytest.approx(whole, rel=1e-4), step
+
+
+@pytest.mark.gpu
+def test_the_llm_is_loaded_to_the_device_alone(workspace: Workspace) -> None:
+    config = cfg.load(workspace.config("device"))
+    decoder = load_decoder(config.model, torch.bfloat16, "cuda")
+    assert {t.device.type for t in (*decoder.parameters(), *decoder.buffers())} == {"cuda"}
 
 
 @pytest.fixture(scope="module")

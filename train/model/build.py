@@ -23,6 +23,7 @@ from train.model import adapters, attention
 from train.model.encoder import LayerSum, SpeechEncoder, StoredStates, front_end
 from train.model.lengths import LengthRule
 from train.model.lora import add_lora
+from train.model.recompute import recompute_layers
 from train.model.speech_llm import (
     ExchangedTable,
     Gathered,
@@ -78,12 +79,21 @@ def load_decoder(
 ) -> PreTrainedModel:
     """The LLM, with its packed mode; frozen.
 
+    Args:
+        device: where its weights go; partitioned ones (ZeRO-3) go where DeepSpeed has them.
     Raises:
         ConfigError: it is wanted in 8 bit where that cannot be.
     """
-    quantised = eight_bit(device) if model.decoder.eight_bit else {}
+    placed: dict[str, Any] = {}
+    if model.decoder.eight_bit:
+        placed = eight_bit(device)
+    if is_deepspeed_zero3_enabled():
+        device = None
+    elif not placed and device is not None and torch.device(device).type != "cpu":
+        # One tensor at a time: the ranks of a host would else hold a whole LLM each in its memory.
+        placed = {"device_map": {"": device}}
     decoder: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code, **quantised
+        model.decoder.path, dtype=dtype, trust_remote_code=model.trust_remote_code, **placed
     )
     attention.prepare(decoder, model.decoder.attention)
     decoder.requires_grad_(False)
@@ -147,7 +157,7 @@ def build(
         else:
             encoder = SpeechEncoder.load(model.encoder, dtype, model.trust_remote_code).to(device)
     with partitioned or nullcontext():
-        decoder = load_decoder(model, dtype, device if model.decoder.eight_bit else None)
+        decoder = load_decoder(model, dtype, device)
     hidden = decoder.config.hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -156,6 +166,8 @@ def build(
             add_lora(decoder, model.decoder.lora, "model.decoder.lora")
     if model.decoder.train == "full":
         decoder.requires_grad_(True)
+    if model.decoder.checkpointing:
+        recompute_layers(decoder)
     layer_sum = None
     if model.encoder.layers == "weighted":
         assert isinstance(encoder, SpeechEncoder)  # the configuration stores no layers
