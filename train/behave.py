@@ -39,6 +39,7 @@ from train.feed import open_cache
 from train.model.build import DTYPES, load_decoder, load_tokenizer
 from train.model.generate import Answer, to_text
 from train.progress import Bar, bar, console
+from train.provenance import weights_of
 from train.teachers.hf import Generator
 from train.teachers.journal import Answered, Journal, differences
 from train.teachers.part import Part, Question, summary
@@ -68,7 +69,8 @@ class Stage:
                 self.prompt.halves(template.instruction)
             except ValueError as error:
                 raise cfg.ConfigError(f"{behave.templates}: {template.name}: {error}") from None
-        self.facts = provenance(config, behave, self.shards)
+        asked = any(template.answer == "llm" for template in templates)
+        self.facts = provenance(config, behave, self.shards, asked)
         self.journal = Journal(behave.output, self.facts, here.rank)
         self._teacher: Teacher | None = None
 
@@ -163,11 +165,20 @@ def load_teacher(
     )
 
 
-def provenance(config: cfg.Config, behave: cfg.Behave, shards: ShardSet) -> dict[str, Any]:
-    """What determines the targets; its hash is kept with every target shard."""
-    server = behave.server
+def provenance(
+    config: cfg.Config, behave: cfg.Behave, shards: ShardSet, asked: bool = True
+) -> dict[str, Any]:
+    """What determines the targets; its hash is kept with every target shard.
+
+    Args:
+        asked: whether the LLM answers anything; transcripts as targets need none.
+    """
+    server, decoder = behave.server, config.model.decoder
+    here = asked and server is None  # else its weights are somewhere else, or of no matter
     facts = {
-        "teacher": config.model.decoder.path,
+        "teacher": decoder.path,
+        "teacher_weights": weights_of(decoder.path) if here else None,
+        "eight_bit": decoder.eight_bit if here else None,
         "engine": behave.engine,
         "server_model": server.model if server else None,
         "precision": config.train.precision if server is None else None,
@@ -187,13 +198,13 @@ def provenance(config: cfg.Config, behave: cfg.Behave, shards: ShardSet) -> dict
 
 
 def is_done(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether this target shard is there already (its index appears last, so it is whole).
+    """Whether this target shard is there already, tar and index.
 
     Raises:
         ConfigError: it is there, but was made in another way.
     """
     index = index_path(path)
-    if not index.exists():
+    if not (index.exists() and path.exists()):
         return False
     if changed := differences(facts, read_meta(index)):
         raise cfg.ConfigError(

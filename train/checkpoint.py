@@ -6,8 +6,8 @@
         state.json              step, data position, skips, tracker run, config, checksums
 
 A checkpoint is written under another name, synced and renamed, so one that has its name is whole;
-its files' checksums are checked when it is read. Frozen weights are not here: they are rebuilt
-from the pretrained sources that the config in `state.json` names.
+its checksums, of the rest of `state.json`, too, are checked when it is read. Frozen weights are not
+here: they are rebuilt from the pretrained sources that the config in `state.json` names.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class State:
     """Global steps whose update was not made, for the gradient was not finite."""
     validated: list[dict[str, float]] = field(default_factory=list)
     """Every validation so far: {step, loss}."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Which encoder and LLM it was trained on (see `train.provenance`)."""
 
     @property
     def updates(self) -> int:
@@ -85,11 +87,15 @@ def save(
     keep: int,
     best: Sequence[int] = (),
 ) -> Path:
-    """Write one checkpoint under `folder`; drop all but the newest `keep` and those of `best`."""
+    """Write one checkpoint under `folder`; drop all but the newest `keep` and those of `best`.
+
+    What is newer than this one was damaged when the run went back to before it: it counts for none,
+    or it would have the good ones dropped.
+    """
     path = folder / name_of(state.step)
     write(path, state, weights, moments)
     kept = {name_of(step) for step in best}
-    for old in _paths(folder)[:-keep]:
+    for old in [p for p in _paths(folder) if p.name <= path.name][:-keep]:
         if old.name not in kept:
             shutil.rmtree(old)
     return path
@@ -112,7 +118,9 @@ def write(
         save_file(weights, partial / _ADAPTER)
         save_file(moments, partial / _OPTIMIZER)
         checksums = {name: _sha256(partial / name) for name in (_ADAPTER, _OPTIMIZER)}
-        text = json.dumps(asdict(state) | {"checksums": checksums}, indent=1)
+        tree = asdict(state)
+        checksums[_STATE] = _digest(tree)
+        text = json.dumps(tree | {"checksums": checksums}, indent=1)
         (partial / _STATE).write_text(text + "\n")
         for name in (_ADAPTER, _OPTIMIZER, _STATE, ""):
             _sync(partial / name)
@@ -133,9 +141,11 @@ def load(path: Path) -> Checkpoint:
     try:
         tree = parse_json((path / _STATE).read_bytes())
         checksums = tree.pop("checksums")
-        for name in (_ADAPTER, _OPTIMIZER):
-            expected, found = str(checksums[name]), _sha256(path / name)
-            if found != expected:
+        actual = {name: _sha256(path / name) for name in (_ADAPTER, _OPTIMIZER)}
+        if _STATE in checksums:  # not in those of before it was stored
+            actual[_STATE] = _digest(tree)
+        for name, found in actual.items():
+            if found != (expected := str(checksums[name])):
                 raise CheckpointError(
                     f"checkpoint {path}: {name} has checksum {found[:12]}, expected {expected[:12]}"
                 )
@@ -188,6 +198,11 @@ def _paths(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """Of what `state.json` says beside its checksums; reading and writing it keep the order."""
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

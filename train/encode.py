@@ -37,6 +37,7 @@ from train.model.build import DTYPES, length_rule
 from train.model.encoder import Featurize, SpeechEncoder
 from train.model.lengths import LengthRule
 from train.progress import Bar, bar, console
+from train.provenance import weights_of
 
 _METHOD = 1  # changes when the same encoder would give other states
 
@@ -128,7 +129,8 @@ def is_done(path: Path, address: str, facts: dict[str, Any]) -> bool:
 
 def run(config: cfg.Config, out: Path, here: World) -> None:
     shards = ShardSet.open(list(config.data.shards), open_cache(config.data))
-    facts = encoder_facts(config) | {"method": _METHOD}
+    weights = weights_of(config.model.encoder.path)
+    facts = encoder_facts(config) | {"encoder_weights": weights, "method": _METHOD}
     facts["hash"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     jobs: dict[Path, str] = {}
     for address in shards.addresses:

@@ -12,10 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data.archive import ShardError, read_meta
+from data.audio import SAMPLE_RATE
 from data.secrets import redacted
 from data.shards import ShardSet
-from data.sources import expand, index_address
 from data.tasks import Item, load_items
 from train import checkpoint as ckpt
 from train import config as cfg
@@ -25,9 +24,11 @@ from train.evaluation import Evaluation, Result
 from train.feed import open_cache
 from train.generalisation import generalisation
 from train.metrics import CHOICES, METRICS
+from train.model.build import length_rule
 from train.model.respond import Responder
 from train.pictures import of_clips
 from train.progress import bar, console
+from train.provenance import check_checkpoint, targets_say
 from train.report import (
     answer_rows,
     print_generalisation,
@@ -56,18 +57,34 @@ def check(items: list[Item], path: Path) -> None:
                 )
 
 
+def check_clips(config: cfg.Config, shards: ShardSet, clips: list[int]) -> None:
+    """Raise `ConfigError` on a clip that the model cannot hear, before the first is heard."""
+    samples, most = shards.num_samples[clips], config.data.max_seconds
+    long = samples > most * SAMPLE_RATE
+    unheard = long | (length_rule(config.model).slots(samples) < 1)
+    if unheard.any():
+        i = int(unheard.argmax())
+        bound = f"data.max_seconds is {most:g}" if long[i] else "too short for one adapter slot"
+        raise cfg.ConfigError(
+            f"evaluate.shards: {unheard.sum()} of {len(clips)} clips are too long or too short, "
+            f"first {shards.key(clips[i])!r} of {samples[i] / SAMPLE_RATE:.2f} s ({bound}); "
+            f"leave them out of {config.evaluate.tasks if config.evaluate else 'the tasks'}"
+        )
+
+
 def trained_tasks(config: dict[str, Any]) -> tuple[str, ...]:
-    """The tasks, or patterns of tasks, whose targets a checkpoint was trained on; none if unknown.
+    """The tasks whose targets a checkpoint was trained on; none if unknown.
 
     Args:
-        config: the resolved configuration in the checkpoint. What its target shards say of
-            themselves is preferred; where they are gone, its `behave.tasks`.
+        config: the resolved configuration in the checkpoint. What its target shards count is
+            preferred; where they are gone, its `behave.tasks`, unless a pattern there may stand
+            for any task, also for the held-out ones that it does not take.
     """
-    try:
-        metas = [read_meta(index_address(a)) for a in expand(config["data"]["targets"])]
-        return tuple(sorted({task for meta in metas for task in meta["tasks"]}))
-    except (ShardError, OSError, KeyError, TypeError):
-        return tuple((config.get("behave") or {}).get("tasks") or ())
+    metas = targets_say(config["data"]["targets"])
+    if metas and all("counts" in meta for meta in metas):
+        return tuple(sorted({task for meta in metas for task in meta["counts"]["tasks"]}))
+    named = tuple((config.get("behave") or {}).get("tasks") or ())
+    return () if any("*" in pattern for pattern in named) else named
 
 
 def run(
@@ -88,7 +105,9 @@ def run(
     for item in listed:
         items[item.key].append(item)
     found = ckpt.find(checkpoint)
+    check_checkpoint(config, found.state, str(found.path))
     clips = [i for i, key in enumerate(keys) if key in items]
+    check_clips(config, shards, clips)
     responder = Responder(config, found.weights, here.device)
     evaluation = Evaluation(config, evaluate, responder, shards, items, clips)
     size = evaluate.batch_size

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.audio import decode
+from data.audio import AudioError, decode
 from data.shards import ShardSet
 from data.tasks import Item
 from train import config as cfg
@@ -142,7 +142,11 @@ class Evaluation:
         return made
 
     def _wave(self, i: int) -> np.ndarray:
-        return decode(self.shards.read(i, "flac"), max_seconds=self.max_seconds)
+        try:
+            return decode(self.shards.read(i, "flac"), max_seconds=self.max_seconds)
+        except AudioError as error:
+            name = f"{self.shards.shard_name(i)}: {self.shards.key(i)!r}"
+            raise AudioError(f"{name}: {error}; leave it out of the tasks") from None
 
     def _answers(self, asked: list[Asked], shown: Bar) -> dict[tuple[str, ...], str]:
         # Answers of like length end together, so little of a batch is spent on waiting.

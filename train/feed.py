@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.audio import SAMPLE_RATE
 from data.cache import Cache
 from data.collate import Batch, Skip
 from data.languages import LanguageLabels
@@ -113,6 +114,7 @@ def open_feed(config: cfg.Config) -> Feed:
         words=words,
         interleave=data.interleave,
         reads=config.losses.kl is not None,
+        max_seconds=data.max_seconds,
         **order,  # type: ignore[arg-type]
     )
     stream.prefetch, stream.states = data.prefetch, states
@@ -135,6 +137,8 @@ def open_feed(config: cfg.Config) -> Feed:
     }
     if stream.reads:  # what is read counts for the length of a sample
         facts |= {"reads": True}
+    if (shards.num_samples > data.max_seconds * SAMPLE_RATE).any():  # these are left out
+        facts |= {"max_seconds": data.max_seconds}
     if words:
         interleave = vars(data.interleave) if data.interleave else None
         facts |= {"words": words.digest, "interleave": interleave}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from train.loss import counted, mixed
 from train.meter import Meter
 from train.owner import Owner, Superseded
 from train.progress import bar, console
+from train.provenance import Sources
 from train.schedule import lr_at
 from train.stopping import Stopped, StopRequest, stop_requests
 from train.tracking import StepTracker, revision
@@ -88,6 +91,27 @@ def train_step(
     return counts, norm
 
 
+def check_plan(feed: Feed, epoch: int, section: str = "data") -> None:
+    """Raises `ConfigError` where `epoch` has no step: the loop would look for one for ever.
+
+    Args:
+        section: of the configuration, which the data is from.
+    """
+    if feed.stream.steps_in_epoch(epoch):
+        return
+    reasons = [skip.reason for skip in feed.left_out(epoch)]
+    # Alike but for their numbers; the first of each kind is shown.
+    kinds = [re.sub(r"\d+(\.\d+)?", "N", reason) for reason in reasons]
+    most = Counter(kinds).most_common(3)
+    why = "; ".join(f"{count} as {reasons[kinds.index(kind)]!r}" for kind, count in most)
+    raise cfg.ConfigError(
+        f"{section}: there is nothing to do in epoch {epoch}: {len(reasons)} of "
+        f"{len(feed.stream.shards)} samples are left out ({why or 'there are none'}); raise "
+        "data.tokens_per_bin, data.seconds_per_bin or data.max_seconds where samples are over it, "
+        f"else see that {section}.shards and {section}.targets are the ones you mean"
+    )
+
+
 class Trainer:
     """One run: engine, data, tracker and position, tied together by checkpoints."""
 
@@ -102,10 +126,11 @@ class Trainer:
         tracker_run: str,
         validation: Validation | None = None,
         owner: Owner | None = None,
+        sources: Sources | None = None,
     ):
         self.config, self.here, self.engine, self.feed = config, here, engine, feed
         self.validation, self.meter, self.owner = validation, Meter(config, here), owner
-        self.tracker, self.tracker_run = tracker, tracker_run
+        self.tracker, self.tracker_run, self.sources = tracker, tracker_run, dict(sources or {})
         every = config.train.communication_every if here.rank == 0 else 0
         self.communication = Communication(every, here.device)
         self.folder = config.run.output / "checkpoints"
@@ -150,6 +175,8 @@ class Trainer:
 
     def _run(self, step_done: Callable[[], None]) -> None:
         total, weights = self.config.train.steps, self.config.losses.weights
+        # Rank 0 may have sent pictures to a slow tracker: nobody is watched who waits for that.
+        self.here.barrier()
         with (
             bar("train", total, self.step, enabled=self.here.rank == 0) as shown,
             stop_requests() as stop,
@@ -157,6 +184,8 @@ class Trainer:
         ):
             self._at = watchdog.at
             while self.step < total and not self._given_up():
+                watchdog.at(f"the plan of epoch {self.epoch}")
+                check_plan(self.feed, self.epoch)
                 began = time.perf_counter()
                 for batches in self.feed.steps(self.here, self.epoch, self.epoch_step):
                     watchdog.at(f"step {self.step}")
@@ -177,6 +206,7 @@ class Trainer:
                     if self.step == total or self._given_up():
                         break
                 else:
+                    watchdog.at(f"the plan of epoch {self.epoch + 1}")
                     self.epoch, self.epoch_step = self.epoch + 1, 0
                     self._leave_out(self.epoch)
             if self.step % self.config.train.checkpoint_every:
@@ -213,12 +243,19 @@ class Trainer:
 
         Raises:
             NonFinite: naming the samples and the folder that has the step for `train/replay.py`.
+            WriteError: it could not be saved.
         """
-        weights = self.engine.weights()
+        self._at(f"saving step {self.step}, which is not finite")
+        self.checkpoints.written()
+        weights, state = self.engine.weights(), self._state()
         folder = self.config.run.output / "nonfinite"
         path = folder / ckpt.name_of(self.step)
+        # As a checkpoint is: the others would else wait for a slow disk in a collective.
         if self.here.rank == 0:
-            nonfinite.save(folder, self._state(), weights, fault)
+            self.checkpoints.writer.begin(
+                str(path), lambda: nonfinite.save(folder, state, weights, fault)
+            )
+        self.checkpoints.written()
         allowed, what = self.config.train.max_nonfinite, f"step {self.step} is not finite: {fault}"
         if len(self.refused) >= allowed:
             raise nonfinite.NonFinite(
@@ -236,7 +273,7 @@ class Trainer:
         due = (self.step + 1) % self.config.train.checkpoint_every == 0
         validated = {}
         if due and self.validation is not None:
-            validated = self.validation.measure(self.engine, self.here, self.step + 1)
+            validated = self.validation.measure(self.engine, self.here, self.step + 1, self._at)
             if self.here.rank == 0:
                 console.print(f"validation {self.step + 1}: {validated['validation/loss']:.4f}")
         if self.tracker is not None:
@@ -309,6 +346,7 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint written; waits for its copy to host memory. A collective."""
+        self._at(f"the checkpoint after step {self.step}")
         entered, self._uncommitted = self._uncommitted, []
 
         def before() -> None:
@@ -338,6 +376,7 @@ class Trainer:
             skipped=list(self.skipped),
             refused=list(self.refused),
             validated=list(self.validation.history) if self.validation else [],
+            sources=self.sources,
         )
 
     def _line(self, counts: Counts, seconds: float) -> str:

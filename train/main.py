@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -36,25 +37,65 @@ from train.engine import (
 )
 from train.feed import Feed, open_feed
 from train.frozen import unchanged
-from train.loop import Trainer
+from train.loop import Trainer, check_plan
 from train.model.build import build
 from train.model.respond import load_trained
 from train.model.speech_llm import SpeechLLM
 from train.owner import Owner, wait_for_owner
 from train.profiling import profiled
 from train.progress import console
+from train.provenance import check_checkpoint, check_feed, sources_of
 from train.stopping import Stopped
 from train.tracking import TARGETS, StepTracker, Used, parent, run_tags
 from train.validation import Validation
 
 
-def resume_point(config: cfg.Config, digest: str) -> ckpt.Checkpoint | None:
-    """The run's newest checkpoint, if it has one and its data order is this config's.
+def agreed(
+    here: World, what: Path, look: Callable[[], ckpt.Checkpoint | None]
+) -> ckpt.Checkpoint | None:
+    """What `look` finds on this rank, once it is what it finds on all of them. A collective.
+
+    A file system that many hosts share may show one of them an old listing, and a read may fail on
+    one alone: ranks that went on from different checkpoints would train nothing anybody asked for.
 
     Raises:
+        Stopped: on all ranks, where they differ.
+        CheckpointError: `look` has raised it, on all ranks.
+    """
+    found, fault = None, None
+    try:
+        found = look()
+    except ckpt.CheckpointError as error:
+        fault = error
+    ranks: dict[str, list[int]] = {}
+    mine = f"step {found.state.step} (plan {found.state.plan[:12]})" if found else "none"
+    for rank, its in enumerate(here.gather(mine)):
+        ranks.setdefault(its, []).append(rank)
+    if len(ranks) > 1:
+        each = "; ".join(f"{its} on {_named(those)}" for its, those in ranks.items())
+        raise Stopped(
+            f"the ranks found different checkpoints in {what}: {each}; look at the disk of those "
+            "that lack the newest, or wait until their host sees it"
+        )
+    if fault is not None:
+        raise fault
+    return found
+
+
+def _named(ranks: list[int], most: int = 8) -> str:
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return f"rank {', '.join(map(str, ranks[:most]))}{more}"
+
+
+def resume_point(config: cfg.Config, here: World, digest: str) -> ckpt.Checkpoint | None:
+    """The run's newest checkpoint, if it has one and its data order is this config's. A collective.
+
+    Raises:
+        Stopped: not all ranks find the same one.
         CheckpointError: the run was begun with other data, budgets or seed.
     """
-    found = ckpt.newest(config.run.output / "checkpoints", console.print)
+    folder = config.run.output / "checkpoints"
+    found = agreed(here, folder, lambda: ckpt.newest(folder, console.print))
     if found is not None and found.state.plan != digest:
         raise ckpt.CheckpointError(
             f"{found.path} was trained on another order of data (plan {found.state.plan[:12]}, "
@@ -142,7 +183,8 @@ def run(
     config: cfg.Config, here: World, profile_steps: int = 0, owner: Owner | None = None
 ) -> None:
     feed = open_feed(config)
-    found = resume_point(config, feed.digest)
+    check_plan(feed, 0)
+    found = resume_point(config, here, feed.digest)
     if found is not None and found.state.step >= config.train.steps:
         if here.rank == 0:
             console.print(f"{found.path} has all {config.train.steps} steps; nothing to do")
@@ -151,12 +193,22 @@ def run(
         if tracker is not None:
             tracker.close()
         return
+    validation = Validation.open(config)
+    sources = sources_of(config, feed)
+    check_feed(config, feed, sources)
+    if validation is not None:
+        check_feed(config, validation.feed, sources, "validation")
+        check_plan(validation.feed, 0, "validation")
+    if found is not None:
+        check_checkpoint(config, found.state, str(found.path))
     model = make_model(config, here)
     begun = None
     if found is not None:
         load_trained(model, found.weights, rewritten)
     elif config.train.init is not None:
-        first = ckpt.find(config.train.init)
+        init = config.train.init
+        first = agreed(here, init, lambda: ckpt.find(init))
+        assert first is not None
         load_trained(model, first.weights, rewritten)
         begun = first.state
     accumulation = math.ceil(config.data.bins_per_step / here.size)
@@ -172,10 +224,11 @@ def run(
             f"stage 2: {engine.num_trained / 1e6:.2f} M trained parameters on {here.size} ranks, "
             f"{config.train.precision}, ZeRO-{stage_of(config.train)}, {feed.describe()}, {where}"
         )
-    validation = Validation.open(config)
     if tracker is not None and found is None:
         show_data(tracker, config, feed, validation)
-    trainer = Trainer(config, here, engine, feed, found, tracker, run_id, validation, owner)
+    trainer = Trainer(
+        config, here, engine, feed, found, tracker, run_id, validation, owner, sources
+    )
     record = config.run.output / "frozen.json"
     verified: AbstractContextManager[None] = nullcontext()
     if config.train.verify_frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,15 +46,24 @@ class Validation:
         feed = open_feed(config.model_copy(update={"data": data}))
         return cls(feed, settings, config.losses.weights)
 
-    def measure(self, engine: Engine, here: World, step: int) -> dict[str, float]:
-        """Metrics of all held-out data after `step` updates. A collective."""
+    def measure(
+        self, engine: Engine, here: World, step: int, at: Callable[[str], object]
+    ) -> dict[str, float]:
+        """Metrics of all held-out data after `step` updates. A collective.
+
+        Args:
+            at: told where it is at every step; all of it may take longer than a rank may hang.
+        """
+        at(f"the plan of the validation after step {step}")
         sums = torch.zeros(len(self.weights), dtype=torch.float64)
         counts = [0.0] * len(self.weights)
-        for batches in self.feed.steps(here, 0, 0):
+        for n, batches in enumerate(self.feed.steps(here, 0, 0)):
+            at(f"step {n} of the validation after step {step}")
             for batch in batches:
                 sums += engine.score(batch.to(here.device)).double().cpu()
                 for k, name in enumerate(self.weights):
                     counts[k] += counted(batch, name)
+            at(f"waiting for the data of step {n + 1} of the validation after step {step}")
         totals = here.sum(*sums.tolist(), *counts)
         parts = zip(self.weights, totals[: len(sums)], totals[len(sums) :], strict=True)
         means = {name: total / max(1.0, count) for name, total, count in parts}

@@ -291,6 +291,9 @@ def _checkpoint(path: Path) -> Path:
 def checkpoint_seeds() -> list[bytes]:
     with TemporaryDirectory() as folder:
         path = _checkpoint(Path(folder) / "c")
+        state = json.loads((path / "state.json").read_bytes())
+        del state["checksums"]["state.json"]  # or whatever is bent would end there
+        (path / "state.json").write_text(json.dumps(state))
         return [bytes([n]) + (path / name).read_bytes() for n, name in enumerate(_FILES)]
 
 

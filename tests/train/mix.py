@@ -71,6 +71,7 @@ def config(
 ) -> cfg.Config:
     """Of models that `World` has made under `root`; without clipping, which would hide a scale."""
     tree = tiny.config(root, train__clip=1e9) | {"losses": losses}
+    tree["data"]["words"] = ["words-*.tar"] * ("align" in losses)  # `Samples` has them at hand
     tree["model"]["decoder"] |= {"train": train, "lora": {} if lora else None}
     return cfg.parse(tree, "tiny")
 

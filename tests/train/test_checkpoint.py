@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,46 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, name: str, damage: str) ->
     assert found.state.step == 1
     assert len(said) == 1
     assert "step-00000002" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [('"step": 12', '"step": 13'), ('"trained": 8', '"trained": 9'), ('"a": 1', '"a": 2')],
+)
+def test_a_flipped_digit_of_the_state_is_damage(tmp_path: Path, good: str, bad: str) -> None:
+    save(tmp_path, 4)
+    path = save(tmp_path, 12) / "state.json"
+    text = path.read_text()
+    assert text.count(good) == 1
+    path.write_text(text.replace(good, bad))
+    said: list[str] = []
+    found = ckpt.newest(tmp_path, said.append)
+    assert found is not None
+    assert found.state == state(4)
+    assert "step-00000012: state.json has checksum" in said[0]
+
+
+def test_a_state_of_before_it_had_a_checksum_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 12) / "state.json"
+    tree = json.loads(path.read_text())
+    del tree["checksums"]["state.json"]
+    path.write_text(json.dumps(tree))
+    assert ckpt.load(path.parent).state == state(12)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_newer_one_does_not_count_as_one_to_keep(tmp_path: Path, keep: int) -> None:
+    save(tmp_path, 8, keep)
+    (save(tmp_path, 20, 2) / "state.json").write_text("damaged")
+    for step in (10, 12):  # the run has gone back
+        save(tmp_path, step, keep)
+    good = [10, 12][-keep:]
+    assert ckpt.steps_of(tmp_path) == [*good, 20]
+    found = ckpt.newest(tmp_path, lambda text: None)
+    assert found is not None
+    assert found.state.step == 12
+    save(tmp_path, 20, keep)  # and has come to it again
+    assert ckpt.steps_of(tmp_path) == [*good, 20][-keep:]
 
 
 def test_a_partial_one_is_not_seen(tmp_path: Path) -> None:

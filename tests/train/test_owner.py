@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ from tests.launch import start
 from tests.train.conftest import Workspace
 from train import owner
 from train.owner import Owner
+from train.stopping import RESUMABLE
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +143,24 @@ def test_ranks_whose_launcher_was_killed_leave_the_run_to_the_next_start(
     assert "was started once more" in said, said[-3000:]
     steps = [step for step, _ in workspace.curve("owned")]
     assert steps == list(range(steps[-1] + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_one_process_that_has_the_run_ends_all_ranks(workspace: Workspace) -> None:
+    config = workspace.config(
+        "asked", train__schedule="constant", train__checkpoint_every=5, train__steps=100_000
+    )
+    folder, log = workspace.root / "asked", workspace.root / "asked.log"
+    launcher = start("train/main.py", config, ranks=2, log=log)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("checkpoints/step-*")):
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        claim = json.loads((folder / "owner.json").read_text())
+        os.kill(int(claim["name"].split()[-1]), signal.SIGTERM)
+        assert launcher.wait(timeout=120) == RESUMABLE, log.read_text()[-3000:]
+    finally:
+        subprocess.run(["pkill", "-9", "-f", str(config)], check=False)
+    reached = workspace.checkpoint("asked").state.step
+    assert log.read_text().count(f"stopped: SIGTERM after {reached} of 100000 steps") == 2

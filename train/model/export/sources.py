@@ -15,7 +15,16 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def fingerprint(path: str) -> dict[str, str]:
-    """File name → SHA-256 of every weight file of a model: a local folder, or a name on the hub.
+    """File name → SHA-256 of every weight file of a model.
+
+    Raises:
+        ConfigError: there is no such model, or it has no weights.
+    """
+    return {name: _sha256(file) for name, file in weight_files(path).items()}
+
+
+def weight_files(path: str) -> dict[str, Path]:
+    """File name → every weight file of a model: a local folder, or a name on the hub.
 
     Raises:
         ConfigError: there is no such model, or it has no weights.
@@ -31,7 +40,7 @@ def fingerprint(path: str) -> dict[str, str]:
         found = {part: _found(path, part) for part in names}
         if missing := [part for part, file in found.items() if file is None]:
             raise ConfigError(f"{path} lacks {', '.join(missing)}, which its index names")
-        return {part: _sha256(file) for part, file in found.items() if file is not None}
+        return {part: file for part, file in found.items() if file is not None}
     raise ConfigError(f"no model at {path!r}: expected {' or '.join(_WEIGHTS)} there")
 
 
