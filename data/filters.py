@@ -101,7 +101,7 @@ class Filters:
             heard: the transcript; what it says itself is no refusal when the answer repeats it.
             language: that the answer must be in, or "".
         """
-        if not ids:
+        if not ids or not text.strip():  # special tokens and white space say nothing
             return "empty"
         return (
             self._refusal(text.casefold(), heard.casefold())

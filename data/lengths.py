@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from data.archive import ShardError
+from data.audio import SAMPLE_RATE
 from data.augment import Augmenter
 from data.draws import TARGETS, draws
 from data.interleave import Interleave, Interleaver
@@ -36,6 +37,8 @@ class LengthTable:
     A sample without audio is read, and costs the tokens of its text; so is, with `reads`, every
     transcript by a teacher (`losses.kl`), and a sample then costs the longer of the two documents.
 
+    What is longer than `max_seconds` is refused, as is what fills no slot.
+
     A sample with several targets takes one of them per epoch: the first is drawn from the seed,
     and each epoch takes the next, so that all have their turn; empty answers have none. Its
     length at 16 kHz follows the speed that the epoch plays it at. `words` knows where the words
@@ -54,6 +57,7 @@ class LengthTable:
         words: Overlay | None = None,
         interleave: Interleave | None = None,
         reads: bool = False,
+        max_seconds: float | None = None,
     ):
         """Raises `ValueError` where `interleave` has no `words` to go by."""
         per_target = targets.column("instruction").combine_chunks()
@@ -77,7 +81,7 @@ class LengthTable:
         self._numbers = answered - (np.cumsum(written) - written)[of_sample[answered]]
         self._target_tokens = (answer_tokens + _prompt_tokens(per_target, prompt))[answered]
         self._written_samples = shards.num_samples
-        self._reads = reads
+        self._reads, self._max_seconds = reads, max_seconds
         self._text_tokens = _text_tokens(shards, prompt, reads)
         self._rule = rule
         self._augmenter = augmenter
@@ -94,10 +98,14 @@ class LengthTable:
             at_speed = f" at speed {max(self._augmenter.augment.speeds):g}"
         short = np.flatnonzero((self._rule.slots(fastest) < 1) & (self._written_samples > 0))
         empty = np.flatnonzero(self._counts == 0)
-        return dict.fromkeys(
-            empty.tolist(), "stage 1 left nothing to train: empty or filtered"
-        ) | dict.fromkeys(
-            short.tolist(), f"too short: the length rule gives it 0 adapter slots{at_speed}"
+        seconds, most = self._written_samples / SAMPLE_RATE, self._max_seconds
+        long = np.flatnonzero(seconds > most).tolist() if most is not None else []
+        return (
+            dict.fromkeys(empty.tolist(), "stage 1 left nothing to train: empty or filtered")
+            | dict.fromkeys(
+                short.tolist(), f"too short: the length rule gives it 0 adapter slots{at_speed}"
+            )
+            | {i: f"too long: {seconds[i]:.1f} s, over max_seconds of {most:g}" for i in long}
         )
 
     def target_of(self, epoch: int) -> np.ndarray:

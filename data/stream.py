@@ -76,6 +76,7 @@ class Stream:
         words: Overlay | None = None,
         interleave: Interleave | None = None,
         reads: bool = False,
+        max_seconds: float | None = None,
     ) -> "Stream":
         """Derive the length table and the plan from the data, and stream by them.
 
@@ -88,7 +89,7 @@ class Stream:
             augmenter.features(silent_clip(rule, featurize).features, 0, 0)
         lengths = LengthTable(
             shards, targets, prompt, rule, seed=seed, augmenter=augmenter, words=words,
-            interleave=interleave, reads=reads,
+            interleave=interleave, reads=reads, max_seconds=max_seconds,
         )  # fmt: skip
         plan = Plan(
             shards.shard_of,

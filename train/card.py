@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 
-from data.archive import ShardError, read_meta
-from data.sources import expand, index_address
 from train import checkpoint as ckpt
 from train import config as cfg
+from train.provenance import targets_say
 from train.states import METRICS as STATES
 
 _INPUTS = ("speech", "text", "cascade", "shuffled", "none")
@@ -87,9 +86,8 @@ def model_card(found: ckpt.Checkpoint, config: cfg.Config, folder: str, merged: 
 
 def _targets(config: cfg.Config) -> dict[str, Any]:
     """What the target shards say of themselves; empty where they are gone."""
-    try:
-        metas = [read_meta(index_address(a)) for a in expand(list(config.data.targets))]
-    except (ShardError, OSError, KeyError):
+    metas = targets_say(config.data.targets)
+    if not metas:
         return {}
     return {
         "tasks": sorted({str(task) for meta in metas for task in meta.get("tasks", ())}),

@@ -47,6 +47,13 @@ _TOGETHER = 15.0
 """Seconds that the other ranks give rank 0: more than it gives the tracker."""
 
 
+def trusting(parser: argparse.ArgumentParser) -> None:
+    """The argument of whatever loads a model by its checkpoint's own configuration."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with its models"
+    )
+
+
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every entry point takes, documented by its module."""
     parser = argparse.ArgumentParser(

@@ -20,19 +20,19 @@ from pathlib import Path
 from train import checkpoint as ckpt
 from train import config as cfg
 from train.card import model_card
-from train.cli import guarded, leave
+from train.cli import guarded, leave, trusting
 from train.model.export.folder import write_folder
 from train.progress import console
 
 
-def export(run: Path, out: Path, merged: bool) -> ckpt.Checkpoint:
+def export(run: Path, out: Path, merged: bool, trusted: bool = False) -> ckpt.Checkpoint:
     """Write the model of a run, or of one of its checkpoints, to `out`; returns the checkpoint.
 
     Raises:
         CheckpointError, ConfigError: there is none, or it cannot be exported so.
     """
     found = ckpt.find(run)
-    config = cfg.parse(found.state.config, str(found.path))
+    config = cfg.recorded(found.state.config, str(found.path), trusted)
     write_folder(config, found.weights, out, merged)
     card = model_card(found, config, out.name, merged)
     (out / "README.md").write_text(card, encoding="utf-8")
@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--log", action="store_true", help="with --mlflow: send it to the run that trained it"
     )
+    trusting(parser)
     args = parser.parse_args(argv)
     if args.log and args.mlflow is None:
         parser.error("--log sends what --mlflow writes; give --mlflow FOLDER, too")
     if args.mlflow is not None and args.mlflow.exists():
         raise cfg.ConfigError(f"{args.mlflow} exists; remove it, or name another folder")
-    found = export(args.checkpoint, args.out, args.merged)
+    found = export(args.checkpoint, args.out, args.merged, args.trust_remote_code)
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 1e6
     console.print(f"{args.out} is the model of {found.path} ({size:.1f} MB)")
     if args.mlflow is not None:

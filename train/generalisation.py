@@ -3,7 +3,8 @@
 Do instructions that training never worded so, and tasks that it never had, work from speech? Per
 language, input and metric: tasks that were trained against tasks that were not, each with seen and
 unseen wordings, averaged over tasks. Tasks differ in difficulty, so the text's figures stand
-beside: `gap` is how much worse the input does than the text.
+beside: `gap` is how much worse the input does than the text. A task that is held out altogether may
+have unseen wordings alone; such tasks are averaged apart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data.tasks import WORDINGS
 from train.metrics import interval, metric
 from train.scores import Cell
 from train.states import METRICS as STATES
@@ -25,10 +27,10 @@ _TRAINED = {True: "yes", False: "no", None: "?"}
 
 
 def generalisation(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """Rows {language, input, metric, trained, tasks, column, value, low, high}.
+    """Rows {language, input, metric, trained, wordings, tasks, column, value, low, high}.
 
-    `column` is a wording as in the cells, or `gap`. Only tasks that have both wordings count, so
-    that the columns speak of the same tasks.
+    `column` is a wording as in the cells, or `gap`. `wordings` is what the tasks have: `both`,
+    `seen` or `unseen`; those of one kind are averaged, so that the columns speak of the same tasks.
     """
     of: dict[tuple[Group, str], dict[str, Cell]] = defaultdict(dict)
     for cell in cells:
@@ -37,16 +39,25 @@ def generalisation(cells: Iterable[Cell]) -> list[dict[str, Any]]:
         of[group, row["wording"]][row["task"]] = cell
     rows = []
     for group in sorted({group for group, _ in of}):
-        tasks = sorted(of[group, "drop"])
-        columns = {name: [of[group, name][t] for t in tasks] for name in COLUMNS[:-1]}
         language, source, name, trained = group
         text = of.get(((language, "text", name, trained), "all"), {})
-        if source != "text" and all(t in text for t in tasks):
-            columns["gap"] = [_gap(text[t], of[group, "all"][t], name) for t in tasks]
-        facts = {"language": language, "input": source, "metric": name, "trained": trained}
-        for column, found in columns.items():
-            if found:
-                rows.append({**facts, "tasks": len(tasks), "column": column, **_mean(found)})
+        alike: dict[str, list[str]] = defaultdict(list)
+        for task in sorted(of[group, "all"]):
+            had = [wording for wording in WORDINGS if task in of[group, wording]]
+            alike["both" if len(had) > 1 else had[0]].append(task)
+        for wordings, tasks in alike.items():
+            columns = {
+                column: [of[group, column][t] for t in tasks]
+                for column in COLUMNS[:-1]
+                if tasks[0] in of[group, column]
+            }
+            if source != "text" and all(t in text for t in tasks):
+                columns["gap"] = [_gap(text[t], of[group, "all"][t], name) for t in tasks]
+            facts = {
+                "language": language, "input": source, "metric": name, "trained": trained,
+                "wordings": wordings, "tasks": len(tasks),
+            }  # fmt: skip
+            rows += [{**facts, "column": c, **_mean(cells)} for c, cells in columns.items()]
     return rows
 
 

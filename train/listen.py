@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from data.audio import AudioError, decode, is_silent
 from train import checkpoint as ckpt
 from train import config as cfg
-from train.cli import guarded
+from train.cli import guarded, trusting
 from train.model.build import length_rule
 from train.model.lengths import LengthRule
 from train.model.respond import Question, Responder
@@ -66,7 +66,7 @@ def check_language(language: str, known: Collection[str]) -> None:
 def from_run(args: argparse.Namespace) -> list[str]:
     """The answers of a run's model, or a checkpoint's; none after the page was served."""
     found = ckpt.find(args.model)
-    config = cfg.parse(found.state.config, str(found.path))
+    config = cfg.recorded(found.state.config, str(found.path), args.trust_remote_code)
     if args.ui:
         talk(Responder(config, found.weights, args.device), config, args.port)
         return []
@@ -83,7 +83,7 @@ def from_exported(args: argparse.Namespace) -> list[str]:
     """The answers of an exported folder's model."""
     if args.ui:
         raise cfg.ConfigError(f"--ui needs a run or a checkpoint, found an export: {args.model}")
-    model, processor = open_model(args.model, args.device)
+    model, processor = open_model(args.model, args.device, args.trust_remote_code)
     check_language(args.language, processor.languages)
     waves = [record(path, processor.max_seconds, processor.rule) for path in args.audio]
     texts = [args.instruction] * len(waves)
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ui", action="store_true", help="serve a page to talk to it instead")
     parser.add_argument("--port", type=int, default=7860, help="of the page (default: %(default)s)")
+    trusting(parser)
     args = parser.parse_args(argv)
     if args.ui == bool(args.audio):
         parser.error("give recordings, or --ui without any")

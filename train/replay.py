@@ -30,6 +30,7 @@ from train.loss import counted, mixed
 from train.main import make_model
 from train.model.respond import load_trained
 from train.progress import console
+from train.provenance import recorded_again
 
 if TYPE_CHECKING:
     from data.collate import Batch
@@ -88,7 +89,7 @@ class Replay:
 def run(folder: Path, overrides: list[str], here: World) -> None:
     saved = ckpt.load(folder)
     state = saved.state
-    config = cfg.parse(cfg.changed(state.config, overrides), str(folder))
+    config = recorded_again(state, overrides, str(folder))
     feed = open_feed(config)
     if feed.digest != state.plan:
         raise ckpt.CheckpointError(

@@ -95,11 +95,11 @@ def print_generalisation(rows: list[dict[str, Any]]) -> None:
     table = Table(title="prompt and task generalisation from speech (means over tasks)")
     for name in ("metric", "tasks trained", "tasks", *COLUMNS):
         table.add_column(name, justify="left" if name in ("metric", "tasks trained") else "right")
-    lines: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    lines: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for r in rows:
         if r["language"] == "all" and r["input"] == "speech" and r["metric"] not in STATES:
-            lines[r["metric"], r["trained"], r["tasks"]][r["column"]] = r
-    for (metric, trained, tasks), found in sorted(lines.items()):
+            lines[r["metric"], r["trained"], r["wordings"], r["tasks"]][r["column"]] = r
+    for (metric, trained, _, tasks), found in sorted(lines.items()):
         cells = [
             f"{_figure(found[c]['value'])} {_plus_minus(_half(found[c]))}" if c in found else ""
             for c in COLUMNS

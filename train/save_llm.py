@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from train import checkpoint as ckpt
 from train import config as cfg
-from train.cli import guarded, leave
+from train.cli import guarded, leave, trusting
 from train.model.build import DTYPES, load_tokenizer
 from train.model.respond import load_trained
 from train.progress import console
@@ -24,14 +24,14 @@ from train.progress import console
 _PART = "decoder."
 
 
-def save_llm(run: Path, out: Path) -> ckpt.Checkpoint:
+def save_llm(run: Path, out: Path, trusted: bool = False) -> ckpt.Checkpoint:
     """Write the LLM of a run, or of one of its checkpoints, to `out`; returns the checkpoint.
 
     Raises:
         CheckpointError: there is none, or its run left the LLM as it was.
     """
     found = ckpt.find(run)
-    config = cfg.parse(found.state.config, str(found.path))
+    config = cfg.recorded(found.state.config, str(found.path), trusted)
     if config.model.decoder.train != "full":
         raise ckpt.CheckpointError(
             f"{found.path}: its run did not train the LLM whole (model.decoder.train: full); the "
@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="run.output, or a checkpoint")
     parser.add_argument("out", type=Path)
+    trusting(parser)
     args = parser.parse_args(argv)
-    found = save_llm(args.run, args.out)
+    found = save_llm(args.run, args.out, args.trust_remote_code)
     console.print(f"{args.out} is the LLM of {found.path}; name it as model.decoder.path")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from train.cli import guarded
+from train.cli import guarded, trusting
 from train.progress import console
 from train.serving.app import Served, make_app
 from train.serving.batcher import Batcher
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max-audio-seconds", type=float, default=usual.audio_seconds, help="in one request"
     )
     parser.add_argument("--max-megabytes", type=float, default=32.0, help="of one request")
+    trusting(parser)
     args = parser.parse_args(argv)
     limits = Limits(
         body_bytes=int(args.max_megabytes * 2**20),
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.device == "cpu":
         bound_caches()
-    model, processor = open_model(args.model, args.device)
+    model, processor = open_model(args.model, args.device, args.trust_remote_code)
     name = args.name or args.model.resolve().name
     batcher = Batcher(model, processor, limits)
     served = Served(name, processor, batcher, limits, int(time.time()))

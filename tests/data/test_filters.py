@@ -24,6 +24,7 @@ def reason(filters: Filters, text: str, heard: str = "", language: str = "", ids
 
 def test_without_settings_only_the_empty_are_filtered() -> None:
     assert reason(Filters(), "", ids=[]) == "empty"
+    assert reason(Filters(), " \n", ids=[5, 6]) == "empty"  # white space, special tokens
     assert reason(Filters(), "As an AI language model, I", language="sw", ids=[1] * 90) == ""
     assert Filters().utterance("x" * 1000, 0.1) is None
 

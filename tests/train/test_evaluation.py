@@ -19,7 +19,7 @@ from train.compare import compare, over_seeds, read
 from train.compare import main as compare_main
 from train.evaluate import check, trained_tasks
 from train.evaluation import Evaluation, Result, others
-from train.generalisation import generalisation
+from train.generalisation import COLUMNS, generalisation
 from train.model.attention import set_packed
 from train.model.respond import Question, Responder
 from train.progress import Bar
@@ -285,6 +285,20 @@ def test_generalisation_is_two_by_two_with_the_text_beside() -> None:
         assert r["low"] <= r["value"] <= r["high"]
 
 
+def test_tasks_that_are_held_out_altogether_are_in_it() -> None:
+    right = {k: n for k, n in RIGHT.items() if k[0] == "old" or k[1] == "unseen"}
+    scored = cells(results_of(right), [], normaliser="plain", resamples=100, trained=["old"])
+    found = {
+        (r["trained"], r["wordings"], r["column"]): round(r["value"], 6)
+        for r in generalisation(scored)
+        if r["language"] == "all" and r["input"] == "speech"
+    }
+    assert {at[2]: v for at, v in found.items() if at[:2] == ("yes", "both")}.keys() == set(COLUMNS)
+    assert {at[2]: v for at, v in found.items() if at[0] == "no"} == {
+        "unseen": 40, "all": 40, "gap": 45
+    }  # fmt: skip
+
+
 def test_seeds_give_students_interval() -> None:
     mean, low, high = over_seeds([10.0, 12.0, 14.0])
     # t(0.975, 2) = 4.3027; the standard error is 2 / sqrt(3).
@@ -342,11 +356,15 @@ def test_trained_tasks_are_what_the_targets_say(root: Path, shards: ShardSet) ->
     rows = [(key, {"targets": [target]}) for key in shards.keys.to_pylist()]
     path = root / "made" / "targets-0.tar"
     path.parent.mkdir()
-    write_overlay(path, rows, meta={"tasks": ["continue", "who"]}, base=shards)
+    meta = {"tasks": ["*"], "counts": {"tasks": {"continue": 3, "who": 1}}}
+    write_overlay(path, rows, meta=meta, base=shards)
     saved = {"data": {"targets": [str(path)]}, "behave": {"tasks": ["changed"]}}
     assert trained_tasks(saved) == ("continue", "who")
     assert trained_tasks({**saved, "data": {"targets": ["gone-*.tar"]}}) == ("changed",)
-    assert trained_tasks({"data": {"targets": ["gone-*.tar"]}, "behave": None}) == ()
+    gone = {"data": {"targets": ["gone-*.tar"]}}
+    assert trained_tasks({**gone, "behave": None}) == ()
+    # Held-out tasks are not taken by it, and it does not say which they are.
+    assert trained_tasks({**gone, "behave": {"tasks": {"*": 2}}}) == ()
 
 
 ROW = {

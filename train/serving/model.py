@@ -21,15 +21,21 @@ def is_exported(path: Path) -> bool:
     return bool(json.loads(described.read_text()).get("model_type") == HearkenConfig.model_type)
 
 
-def open_model(path: Path, device: str) -> tuple[HearkenModel, HearkenProcessor]:
+def open_model(
+    path: Path, device: str, trusted: bool = False
+) -> tuple[HearkenModel, HearkenProcessor]:
     """The model of an exported folder, or of a run or checkpoint.
 
+    Args:
+        trusted: code that comes with its encoder or LLM may be run.
     Raises:
         CheckpointError, ConfigError: there is none, or it cannot be loaded.
     """
     if is_exported(path):
+        described = HearkenConfig.from_pretrained(path)
+        cfg.distrust(bool(described.speech.get("trust_remote_code")) and not trusted, str(path))
         model = AutoModel.from_pretrained(path).to(device)
         return model, AutoProcessor.from_pretrained(path)
     found = ckpt.find(path)
-    config = cfg.parse(found.state.config, str(found.path))
+    config = cfg.recorded(found.state.config, str(found.path), trusted)
     return model_of(config, found.weights, device), processor_of(config)
