@@ -199,6 +199,9 @@ def test_a_job_that_nobody_waits_for_is_not_generated(model: Model) -> None:
 GOOD = part(clip())
 BAD: dict[str, tuple[Any, int, str]] = {
     "no JSON": (b"{", 400, "not JSON"),
+    "half a character": (
+        body({"type": "text", "text": "\ud800"}, GOOD), 400, "surrogates not allowed",
+    ),
     "no text": (b"\xff\xfe", 400, "not JSON"),
     "nested": (b"[" * 100_000, 400, "not JSON"),
     "digits": (b'{"seed": ' + b"1" * 5_000 + b"}", 400, "not JSON"),

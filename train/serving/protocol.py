@@ -51,6 +51,12 @@ class TextPart(Given):
     type: Literal["text"]
     text: str
 
+    @field_validator("text")
+    @classmethod
+    def _whole(cls, text: str) -> str:
+        text.encode()  # JSON can say half of a surrogate pair, of which no tokenizer knows
+        return text
+
 
 class AudioPart(Given):
     type: Literal["input_audio"]
