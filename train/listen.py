@@ -74,6 +74,10 @@ def from_run(args: argparse.Namespace) -> list[str]:
     rule = length_rule(config.model)
     waves = [record(path, config.data.max_seconds, rule) for path in args.audio]
     responder = Responder(config, found.weights, args.device)
+    try:
+        responder.prompt.halves(args.instruction)
+    except ValueError as e:
+        raise cfg.ConfigError(f"--instruction: {e}") from None
     heard = responder.listen(waves, (args.language,) * len(waves))
     questions = [Question(args.instruction, slots) for slots in heard]
     return responder.answer(questions, max_new_tokens=args.max_new_tokens)

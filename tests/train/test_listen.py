@@ -93,6 +93,8 @@ def test_an_exported_folder_has_no_page(plain: Made) -> None:
 def test_an_instruction_that_is_no_text_is_refused(plain: Made, clips: list[str]) -> None:
     with pytest.raises(cfg.ConfigError, match=r"--instruction: .* may not hold"):
         ask(plain.root / "merged", clips[0], instruction="a <|speech|>")
+    with pytest.raises(cfg.ConfigError, match=r"--instruction: .* each may have \{input\} once"):
+        ask(plain.root / "run", clips[0], instruction="{input} and {input}")
 
 
 def test_an_encoders_folder_is_no_export(plain: Made, clips: list[str]) -> None:
