@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from data.archive import index_path
-from tests.launch import python
 from tests.ranks import Solo
 from tests.train.conftest import Workspace
 from tests.train.test_behave import digests, run, stage
 from train import checkpoint as ckpt
 from train import config as cfg
+from train import export, listen, save_llm, serve
 from train.encode import run as encode
 from train.feed import open_feed
 from train.provenance import (
@@ -170,15 +171,15 @@ def test_a_strangers_checkpoint_runs_nothing(
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("script", ["listen.py", "export.py", "serve.py", "save_llm.py"])
+@pytest.mark.parametrize("main", [listen.main, export.main, serve.main, save_llm.main])
 def test_no_entry_point_trusts_by_itself(
-    workspace: Workspace, uninterrupted: str, tmp_path: Path, script: str
+    workspace: Workspace, uninterrupted: str, tmp_path: Path, main: Callable[[list[str]], object]
 ) -> None:
     found = workspace.checkpoint(uninterrupted)
     tree = copy.deepcopy(found.state.config)
     tree["model"]["trust_remote_code"] = True
     theirs = tmp_path / found.path.name
     ckpt.write(theirs, replace(found.state, config=tree), found.weights, found.moments)
-    more = {"listen.py": ["x.wav", "--instruction", "i"], "serve.py": []}
-    said = python(f"train/{script}", theirs, *more.get(script, [tmp_path / "out"]), fails=True)
-    assert "add --trust-remote-code if you trust where it is from" in said
+    more = {listen.main: ["x.wav", "--instruction", "i"], serve.main: []}
+    with pytest.raises(cfg.ConfigError, match="add --trust-remote-code if you trust where it is"):
+        main([str(theirs), *more.get(main, [str(tmp_path / "out")])])

@@ -296,6 +296,7 @@ def on_ranks(root: Path, llm: str, *cases: str) -> None:
             assert sorted(again["gathers"][0]) == sorted(kept["gathers"][0])
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_dummy_equal_those_that_keep_all(tmp_path: Path) -> None:
     on_ranks(tmp_path, "llama", "frozen")
 

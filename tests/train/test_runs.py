@@ -95,6 +95,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     assert same_weights(workspace, "killed", uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_before_any_checkpoint_starts_again_in_the_same_tracker_run(
     workspace: Workspace, uninterrupted: str
 ) -> None:
