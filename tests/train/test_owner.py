@@ -111,6 +111,13 @@ def test_who_cannot_claim_it_lets_the_other_ranks_go_on_to_the_meeting(
     assert time.monotonic() - began < 5
 
 
+def until_a_checkpoint(folder: Path, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_ranks_whose_launcher_was_killed_leave_the_run_to_the_next_start(
     workspace: Workspace,
@@ -122,10 +129,7 @@ def test_ranks_whose_launcher_was_killed_leave_the_run_to_the_next_start(
     log = workspace.root / "owned.log"
     launcher = start("train/main.py", config, ranks=2, log=log)
     try:
-        deadline = time.monotonic() + 120
-        while not list(folder.glob("checkpoints/step-*")):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.1)
+        until_a_checkpoint(folder, log)
         launcher.kill()  # the launcher alone: its ranks know nothing of it
         launcher.wait()
         last = int(max(folder.glob("checkpoints/step-*")).name.split("-")[1])
@@ -153,10 +157,7 @@ def test_sigterm_to_the_one_process_that_has_the_run_ends_all_ranks(workspace: W
     folder, log = workspace.root / "asked", workspace.root / "asked.log"
     launcher = start("train/main.py", config, ranks=2, log=log)
     try:
-        deadline = time.monotonic() + 120
-        while not list(folder.glob("checkpoints/step-*")):
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.1)
+        until_a_checkpoint(folder, log)
         claim = json.loads((folder / "owner.json").read_text())
         os.kill(int(claim["name"].split()[-1]), signal.SIGTERM)
         assert launcher.wait(timeout=120) == RESUMABLE, log.read_text()[-3000:]
